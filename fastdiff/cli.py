@@ -1,0 +1,74 @@
+"""The `fastdiff` command (each subcommand is a module's own command line), and how all command lines start."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, make_dataclass
+from typing import Any
+
+import tyro
+
+from fastdiff.errors import UserError
+
+COMMANDS = {
+    "demo": ("train.demo", "the whole pipeline on the embedded data set"),
+    "teacher": ("train.teacher", "train a class-conditional teacher with label dropping"),
+    "stage1": ("train.stage1", "distil guidance into one network that takes w"),
+    "stage2": ("train.stage2", "halve the number of steps again and again"),
+    "sample": ("fastdiff.sample", "draw images from a checkpoint"),
+    "evaluate": ("fastdiff.evaluate", "score a checkpoint: Fréchet distance, score, images per second"),
+}
+
+
+def main() -> None:
+    """Entry point of `fastdiff COMMAND …`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: fastdiff COMMAND [OPTIONS]    (fastdiff COMMAND --help lists the options)\n")
+        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        sys.exit(0 if len(sys.argv) >= 2 else 2)
+    name = sys.argv.pop(1)
+    if name not in COMMANDS:
+        print(f"fastdiff: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Parse the command line into the dataclass `options` and call `function` with it.
+
+    presets: by name, the defaults that `--preset NAME` changes; all other options override them. A UserError ends the
+    process with its one sentence and exit code 2.
+    """
+    try:
+        name = _preset_name(sys.argv[1:])
+        if presets is not None and name is not None:
+            if name not in presets:
+                raise UserError(f"unknown preset {name!r}; known: {', '.join(presets)}")
+            options = _with_defaults(options, {"preset": name, **presets[name]})
+        function(tyro.cli(options, description=function.__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _with_defaults(options: type, values: Mapping[str, Any]) -> type:
+    """A subclass with other defaults, so that required options stay required and --help tells the preset's values."""
+    known = {field.name: field.type for field in fields(options)}
+    return make_dataclass(
+        options.__name__, [(key, known[key], value) for key, value in values.items()],
+        bases=(options,), frozen=True, kw_only=True, namespace={"__module__": options.__module__},
+    )  # fmt: skip
+
+
+def _preset_name(arguments: list[str]) -> str | None:
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if here == "--preset":
+            return following
+        if here.startswith("--preset="):
+            return here.partition("=")[2]
+    return None

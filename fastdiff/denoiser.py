@@ -1,0 +1,169 @@
+"""A network that knows what it predicts (`Denoiser`), and classifier-free guidance on top of it (`Guided`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import rotation, schedule
+from fastdiff.data import Dataset
+from fastdiff.errors import UserError
+from fastdiff.rotation import Affine
+from fastdiff.unet import UNet, UNetConfig, config_from_dict
+
+KINDS = ("teacher", "stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """All that is needed to rebuild a denoiser and to use it rightly; a checkpoint's model.json."""
+
+    unet: UNetConfig
+    schedule: schedule.Schedule = field(default_factory=schedule.CosineSchedule)
+    parameterization: str = "v"
+    kind: str = "teacher"
+    """Which recipe trained it: "teacher", "stage1" or "stage2"."""
+    guidance_range: tuple[float, float] | None = None
+    """The w that it was trained for; None: no guidance inside, use `Guided`."""
+    sampler: str = "ddim"
+    """The sampler that its steps were trained for."""
+    steps: int | None = None
+    """The number of sampling steps that it was trained for; None: any."""
+    class_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"schedule": self.schedule.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DenoiserConfig:
+        """Raises ValueError (unknown fields or values) or KeyError (missing ones)."""
+        values = dict(values)
+        values["unet"] = config_from_dict(values["unet"])
+        values["schedule"] = schedule.from_dict(values["schedule"])
+        values["class_names"] = tuple(values.get("class_names", ()))
+        if values.get("guidance_range") is not None:
+            values["guidance_range"] = tuple(values["guidance_range"])
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
+            raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
+        return config
+
+
+class Denoiser(nn.Module):
+    """forward(z, angle, label=None, guidance=None) -> velocity, float32, of z's shape.
+
+    z (B, C, H, W); angle (B,) in (0, π/2]; label (B,) int64, None for the null class; guidance (B,), None for w = 0.
+    `network_rows` counts the images that went through the network, so that calls per image can be measured.
+    """
+
+    def __init__(self, config: DenoiserConfig, network: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        self.network = UNet(config.unet) if network is None else network
+        self.network_rows = 0
+
+    @property
+    def schedule(self) -> schedule.Schedule:
+        return self.config.schedule
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.unet.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.config.unet.image_channels, *self.config.unet.image_size
+
+    def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B), float64 (B,), with v = A·z + B·F for the network's output F."""
+        return rotation.velocity_coefficients(self.config.parameterization, angle)
+
+    def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """The network's raw output F, in its own parameterization."""
+        self.network_rows += len(z)
+        if self.config.parameterization == "edm":
+            z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
+            time = torch.log(torch.tan(angle.double())) / 4
+        else:
+            time = angle / (torch.pi / 2)
+        return self.network(z, time.float(), label, guidance)
+
+    def affine(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Affine:
+        """The velocity as an affine function of z and the raw network output, for the fused operations."""
+        coef_z, coef_f = self.velocity_coefficients(angle)
+        return Affine(self.network_output(z, angle, label, guidance), coef_z, coef_f)
+
+    def forward(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        return self.affine(z, angle, label, guidance).apply(z)
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance: v_w = (1+w)·v_cond − w·v_uncond ([GD] eq. 3), in one call on 2B rows.
+
+    Same signature as `Denoiser`; label is needed. guidance None (or all zeros on the CPU, where looking costs nothing)
+    makes one call on B rows. Raises ValueError for an unconditional denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        if not denoiser.num_classes:
+            raise ValueError("guidance needs a class-conditional model, and this one is unconditional")
+        self.denoiser = denoiser
+
+    @property
+    def config(self) -> DenoiserConfig:
+        return self.denoiser.config
+
+    @property
+    def schedule(self) -> schedule.Schedule:
+        return self.denoiser.schedule
+
+    @property
+    def num_classes(self) -> int:
+        return self.denoiser.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.denoiser.image_shape
+
+    @property
+    def network_rows(self) -> int:
+        return self.denoiser.network_rows
+
+    def affine(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Affine:
+        if guidance is None or (guidance.device.type == "cpu" and not guidance.any()):
+            return self.denoiser.affine(z, angle, label)
+        both = torch.cat([label, torch.full_like(label, self.num_classes)])
+        output = self.denoiser.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None)
+        conditional, unconditional = output.chunk(2)
+        coef_z, coef_f = self.denoiser.velocity_coefficients(angle)
+        return Affine(conditional, coef_z, coef_f * (1 + guidance), unconditional, -coef_f * guidance)
+
+    def forward(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
+        return self.affine(z, angle, label, guidance).apply(z)
+
+
+def with_guidance(denoiser: Denoiser) -> Denoiser | Guided:
+    """The model to sample from: a class-conditional one without guidance inside is wrapped in `Guided`."""
+    return Guided(denoiser) if denoiser.num_classes and denoiser.config.guidance_range is None else denoiser
+
+
+def require_fit(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> None:
+    """Raises UserError if a model and a data set do not go together."""
+    if tuple(dataset.shape) != tuple(denoiser.image_shape):
+        raise UserError(
+            f"the data set {dataset.name} has images of {'×'.join(map(str, dataset.shape))}, "
+            f"but the model in {source} makes "
+            f"{'×'.join(map(str, denoiser.image_shape))}: give --data the set that it was trained on"
+        )
+    if denoiser.num_classes and dataset.num_classes != denoiser.num_classes:
+        raise UserError(
+            f"the data set {dataset.name} has {dataset.num_classes} classes, but the model in {source} has "
+            f"{denoiser.num_classes}: give --data the set that it was trained on"
+        )

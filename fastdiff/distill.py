@@ -1,0 +1,131 @@
+"""The training losses of guided distillation: each is a function (models, batch) -> per-sample loss (B,).
+
+Every one is a regression of the student's velocity on c_z·z + c_a·a + c_b·b (method, section 4). All randomness of a
+batch is a function of (seed, sample id), so that it depends neither on batch size nor on device or process count.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from fastdiff import rotation
+from fastdiff.denoiser import Denoiser
+from fastdiff.samplers import Model, velocity
+
+TRAINING_STREAM = 1 << 31  # samplers use the streams below it
+NOISE, LABEL_DROP = TRAINING_STREAM, TRAINING_STREAM + 1
+TIME, GUIDANCE = 0, 1
+# Additive recurrences with these steps fill the unit square evenly: consecutive samples cover all times and
+# strengths, each marginally uniform. (1/p and 1/p² for the plastic number p.)
+IRRATIONALS = (0.7548776662466927, 0.5698402909980532)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x (B, C, H, W) in [−1, 1]; label (B,) int64 or None; sample_ids (B,) int64, unique over the run."""
+
+    x: Tensor
+    label: Tensor | None
+    sample_ids: Tensor
+    seed: int
+
+    def uniform(self, which: int) -> Tensor:
+        """U[0, 1), float64 (B,), evenly spread over consecutive samples; which: TIME or GUIDANCE."""
+        start = random.Random(f"{self.seed}/{which}").random()
+        return torch.frac(start + self.sample_ids.double() * IRRATIONALS[which])
+
+    def noised(self, angle: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, ε) at `angle`."""
+        return kernels.add_noise(self.x, angle, seed=self.seed, sample_ids=self.sample_ids, step=NOISE)
+
+    def guidance(self, guidance_range: tuple[float, float] | None) -> Tensor | None:
+        """w ~ U[range], float32 (B,)."""
+        if guidance_range is None:
+            return None
+        low, high = guidance_range
+        return (low + (high - low) * self.uniform(GUIDANCE)).float()
+
+    def dropped_label(self, probability: float, null: int) -> Tensor | None:
+        """The labels, each replaced by the null class with the given probability."""
+        if self.label is None:
+            return None
+        draw = kernels.rand(
+            self.label.shape, seed=self.seed, sample_ids=self.sample_ids, step=LABEL_DROP, device=self.x.device
+        )
+        return torch.where(draw < probability, null, self.label)
+
+
+def teacher(denoiser: Denoiser, batch: Batch, *, label_drop: float = 0.1, weight: str = "snr") -> Tensor:
+    """The denoising loss of a classifier-free-guidance model ([CFG]); t ~ U[0, 1]."""
+    angle = denoiser.schedule.angle(batch.uniform(TIME))
+    z, eps = batch.noised(angle)
+    label = batch.dropped_label(label_drop, denoiser.num_classes)
+    target = Target(None, eps, torch.cos(angle), batch.x, -torch.sin(angle))
+    return _regression(denoiser, z, angle, label, None, target, weight)
+
+
+def stage1(
+    student: Denoiser, teacher: nn.Module, batch: Batch, *, guidance_range: tuple[float, float], weight: str = "snr"
+) -> Tensor:
+    """The student's velocity against the guided teacher's at the same (z, t, w); t ~ U[0, 1] ([GD] algorithm 1)."""
+    angle = student.schedule.angle(batch.uniform(TIME))
+    z, _ = batch.noised(angle)
+    w = batch.guidance(guidance_range)
+    with torch.no_grad():
+        v = teacher.affine(z, angle, batch.label, w)
+    return _regression(student, z, angle, batch.label, w, Target(v.coef_z, v.a, v.coef_a, v.b, v.coef_b), weight)
+
+
+def stage2(
+    student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
+    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
+) -> Tensor:  # fmt: skip
+    """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2)."""
+    index = torch.floor(batch.uniform(TIME) * steps) + 1  # (B,) in 1..N
+    a, m, e = (student.schedule.angle((index - back) / steps) for back in (0, 0.5, 1))
+    e = torch.where(index == 1, 0.0, e)
+    z, _ = batch.noised(a)
+    w = batch.guidance(guidance_range)
+    with torch.no_grad():
+        v1 = velocity(teacher, z, a, batch.label, w).apply(z)
+        z1 = rotation.rotate(z, v1, a - m)
+        v2 = velocity(teacher, z1, m, batch.label, w).apply(z1)
+    c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
+    return _regression(student, z, a, batch.label, w, Target(c_z, v1, c_1, v2, c_2), weight)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The velocity coef_z·z + coef_a·a + coef_b·b."""
+
+    coef_z: Tensor | None
+    a: Tensor
+    coef_a: Tensor
+    b: Tensor | None
+    coef_b: Tensor | None
+
+
+def _regression(
+    student: Denoiser,
+    z: Tensor,
+    angle: Tensor,
+    label: Tensor | None,
+    guidance: Tensor | None,
+    target: Target,
+    weight: str,
+) -> Tensor:
+    """weight·mean((target − v̂)²) with v̂ = A·z + B·F, rewritten for the raw output F: divide by B, weigh by B²."""
+    output = student.affine(z, angle, label, guidance)
+    scale = 1 / output.coef_a
+    coef_z = -output.coef_z if target.coef_z is None else target.coef_z - output.coef_z
+    return kernels.affine_regression_loss(
+        output.a, z, target.a, target.b,
+        coef_z=coef_z * scale, coef_a=target.coef_a * scale,
+        coef_b=None if target.coef_b is None else target.coef_b * scale,
+        weight=rotation.loss_weight(weight, angle) * output.coef_a.square(),
+    )  # fmt: skip

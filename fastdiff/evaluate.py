@@ -1,0 +1,130 @@
+"""Score a checkpoint: `python -m fastdiff.evaluate --checkpoint … --guidance 0 1 4 --num 10000 --out results.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastdiff import cli, data, metrics
+from fastdiff.denoiser import require_fit
+from fastdiff.sample import SamplingOptions, check_guidance, check_output, generate
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images to compare with: their moments and the extractor that made them."""
+
+    dataset: data.Dataset
+    extractor: metrics.Extractor
+    moments: metrics.Moments
+    floor: float
+
+    @classmethod
+    def load(cls, spec: str, *, device: str = "cpu") -> Reference:
+        """The training split of a data set. Raises UserError if it has no labels."""
+        extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
+        return cls(dataset, extractor, extractor.of_dataset(dataset), metrics.noise_floor(extractor, dataset))
+
+    def describe(self) -> dict:
+        return {
+            "data": self.dataset.name, "split": self.dataset.split, "images": len(self.dataset),
+            "extractor": self.extractor.name, "extractor_test_accuracy": round(self.extractor.accuracy, 4),
+            "half_against_half_fd": round(self.floor, 4), "score": round(self.moments.score(), 4),
+        }  # fmt: skip
+
+
+def evaluate(
+    model: nn.Module, reference: Reference, *, name: str, guidance: float, steps: int, num: int, sampler: str = "ddim",
+    seed: int = 0, batch_size: int = 256, clip: bool | None = None, precision: str = "fp32",
+) -> dict:  # fmt: skip
+    """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
+    labels = None
+    if model.num_classes:
+        labels = torch.from_numpy(reference.dataset.labels[torch.arange(num).numpy() % len(reference.dataset)])
+    moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
+    chunks = generate(
+        model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, seed=seed,
+        batch_size=batch_size, clip=clip, precision=precision,
+    )  # fmt: skip
+    while True:
+        start = time.perf_counter()
+        images = next(chunks, None)
+        if images is None:
+            break
+        images = images.cpu()  # waits for the device, so that the time is the samples' own
+        seconds += time.perf_counter() - start
+        reference.extractor.add(moments, images)
+    return {
+        "model": name, "sampler": sampler, "steps": steps, "nfe": (model.network_rows - rows) / num,
+        "guidance": guidance,
+        "fd": round(metrics.frechet_distance(moments, reference.moments), 4), "score": round(moments.score(), 4),
+        "images_per_second": round(num / seconds, 2), "num": num, "seed": seed,
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict], reference: dict) -> str:
+    """Rows of `evaluate` as Markdown: a line a model and step count, a column a guidance strength."""
+    strengths = sorted({row["guidance"] for row in rows})
+    lines = [
+        "| model | steps | " + " | ".join(f"w = {w:g}: calls | FD | score" for w in strengths) + " |",
+        "|---|---:|" + "---:|---:|---:|" * len(strengths),
+    ]
+    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+        cells = []
+        for w in strengths:
+            found = [r for r in rows if (r["model"], r["steps"], r["guidance"]) == (model, steps, w)]
+            cells += (
+                [f"{found[0]['nfe']:g}", f"{found[0]['fd']:.2f}", f"{found[0]['score']:.2f}"] if found else [""] * 3
+            )
+        lines.append(f"| {model} | {steps} | " + " | ".join(cells) + " |")
+    nums = sorted({row["num"] for row in rows})
+    lines += [
+        "",
+        f"FD: Fréchet distance on features of {reference['extractor']} (test accuracy "
+        f"{reference['extractor_test_accuracy']:.1%}), not FID. {' or '.join(map(str, nums))} samples against the "
+        f"{reference['images']} images of {reference['data']}'s {reference['split']} split, seed {rows[0]['seed']}. One "
+        f"half of those images against the other: {reference['half_against_half_fd']:.2f}. Score: exp of the mean KL to the "
+        f"marginal; the real images have {reference['score']:.2f}.",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions):
+    data: str = "digits"
+    """The data set to compare with; its training split is the reference."""
+    guidance: tuple[float, ...] = (0.0,)
+    """One or several guidance strengths w."""
+    num: int = 10_000
+    out: Path = Path("results.json")
+
+
+def main(options: Options) -> None:
+    """Score a checkpoint against a data set."""
+    model, steps = options.model()
+    for guidance in options.guidance:
+        check_guidance(model, guidance)
+    check_output(options.out, options.overwrite, file=True)
+    require_fit(model, data.load(options.data, "train"), options.checkpoint)
+    reference = Reference.load(options.data, device=options.device)
+    rows = []
+    for guidance in options.guidance:
+        rows.append(evaluate(
+            model, reference, name=str(options.checkpoint), guidance=guidance, steps=steps, num=options.num,
+            sampler=options.sampler, seed=options.seed, batch_size=options.batch_size, clip=options.clip,
+            precision=options.precision,
+        ))  # fmt: skip
+        print(json.dumps(rows[-1]))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")
+    print(table(rows, reference.describe()))
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)

@@ -1,0 +1,84 @@
+"""Pictures: grids of images and plots of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.data import to_uint8
+
+
+def grid(images: Tensor, *, columns: int, padding: int = 1, min_side: int = 24) -> np.ndarray:
+    """(N, C, H, W) in [−1, 1] -> one uint8 picture (rows·h, columns·w, 3), filled row by row.
+
+    Small images are enlarged by a whole factor to at least `min_side` pixels, so that they can be seen.
+    """
+    pixels = to_uint8(images.detach().cpu()).numpy().transpose(0, 2, 3, 1)
+    factor = -(-min_side // pixels.shape[1])
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    if pixels.shape[-1] != 3:
+        pixels = pixels[..., :1].repeat(3, axis=-1)
+    count, height, width, _ = pixels.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = (
+            padding + i * (side + padding) for i, side in zip(divmod(index, columns), (height, width), strict=True)
+        )
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def save_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
+    """Write `grid` as a picture file."""
+    Image.fromarray(grid(images, columns=columns)).save(path)
+
+
+def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int) -> None:
+    """Several grids of the same size side by side, each under its title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pictures = [grid(images, columns=columns) for _, images in panels]
+    height, width = pictures[0].shape[:2]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(len(panels) * 3, 3 * height / width + 0.4), squeeze=False)
+    for axis, picture, (title, _) in zip(axes[0], pictures, panels, strict=True):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
+    """Fréchet distance against network calls per image, log axes; one panel a guidance strength, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    strengths = sorted({row["guidance"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(strengths), figsize=(4 * len(strengths), 3.4), sharey=True, squeeze=False)
+    for axis, strength in zip(axes[0], strengths, strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            points = sorted((r["nfe"], r["fd"]) for r in rows if r["model"] == model and r["guidance"] == strength)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=model)
+        axis.axhline(floor, color="grey", linestyle=":", linewidth=1, label="one half of the data against the other")
+        axis.set(xscale="log", yscale="log", xlabel="network calls per image", title=f"guidance w = {strength:g}")
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=16))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("Fréchet distance")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,189 @@
+"""Scores of generated images: Fréchet distance and Inception-style score on the features of a named extractor."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastdiff import data
+from fastdiff.errors import UserError
+
+FEATURE_WIDTH = 64
+BATCH = 512
+
+
+@dataclass
+class Moments:
+    """Running sums over features and class probabilities, in float64: all that the scores need of a set of images."""
+
+    count: int = 0
+    feature_sum: Tensor | float = 0.0
+    outer_sum: Tensor | float = 0.0
+    probability_sum: Tensor | float = 0.0
+    neg_entropy_sum: Tensor | float = 0.0
+
+    def add(self, features: Tensor, logits: Tensor) -> Moments:
+        """features (N, D), logits (N, K) of N more images."""
+        features, log_p = features.double(), logits.double().log_softmax(1)
+        self.count += len(features)
+        self.feature_sum = self.feature_sum + features.sum(0)
+        self.outer_sum = self.outer_sum + features.T @ features
+        self.probability_sum = self.probability_sum + log_p.exp().sum(0)
+        self.neg_entropy_sum = self.neg_entropy_sum + (log_p.exp() * log_p).sum()
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        return self.feature_sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        return (self.outer_sum - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+    def score(self) -> float:
+        """exp(mean KL(p(y|x) ‖ p(y))): the Inception score with this extractor's classes, from 1 to their number."""
+        marginal = self.probability_sum / self.count
+        entropy = -(marginal * marginal.clamp(min=1e-300).log()).sum()
+        return math.exp(float(self.neg_entropy_sum / self.count + entropy))
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2·(Σ1·Σ2)^½). Needs more images than one on both sides."""
+    return frechet_of_gaussians(first.mean, first.covariance, second.mean, second.covariance)
+
+
+def frechet_of_gaussians(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """The same from means (D,) and covariances (D, D), float64."""
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    # (Σ1·Σ2)^½ has the eigenvalues of the symmetric (Σ1^½·Σ2·Σ1^½)^½, which has no complex rounding residue.
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier: images in [−1, 1] -> (features (B, 64), logits (B, K)).
+
+    The features are the last convolution's, averaged over the image, as Inception's are for FID.
+    """
+
+    def __init__(self, image_channels: int, height: int, num_classes: int):
+        super().__init__()
+        halvings = max(1, round(math.log2(height / 4)))  # down to about 4×4 pixels
+        widths = [image_channels, 32, *(min(128, 64 << i) for i in range(halvings)), FEATURE_WIDTH]
+        strides = [1, *[2] * halvings, 1]
+        layers: list[nn.Module] = []
+        for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(FEATURE_WIDTH, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(images).mean((2, 3))
+        return features, self.head(features)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A trained classifier with its name and its accuracy on the test split."""
+
+    name: str
+    network: Classifier
+    accuracy: float
+
+    @torch.no_grad()
+    def add(self, moments: Moments, images: Tensor) -> Moments:
+        """Add images (N, C, H, W) in [−1, 1], rounded to the 8 bits that a picture file holds."""
+        device = next(self.network.parameters()).device
+        for part in images.split(BATCH):
+            features, logits = self.network(data.to_float(data.to_uint8(part)).to(device))
+            moments.add(features.cpu(), logits.cpu())
+        return moments
+
+    def of_dataset(self, dataset: data.Dataset, indices: Tensor | None = None) -> Moments:
+        """Moments of a data set's images, or of some of them."""
+        moments = Moments()
+        indices = torch.arange(len(dataset)) if indices is None else indices
+        for part in indices.split(BATCH):
+            self.add(moments, data.to_float(torch.from_numpy(dataset.images[part.numpy()])))
+        return moments
+
+
+def noise_floor(extractor: Extractor, dataset: data.Dataset) -> float:
+    """The Fréchet distance of one random half of a data set against the other: what sampling error alone gives."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    half = len(order) // 2
+    return frechet_distance(extractor.of_dataset(dataset, order[:half]), extractor.of_dataset(dataset, order[half:]))
+
+
+def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None) -> Extractor:
+    """The embedded extractor of a data set: a classifier trained once on its training split, then cached.
+
+    Raises UserError for a data set without labels.
+    """
+    train = data.load(spec, "train")
+    if train.num_classes < 2:
+        raise UserError(f"--data {spec}: scores need a data set with labels, to train the feature extractor on")
+    cache = cache or Path(os.environ.get("FASTDIFF_CACHE", "~/.cache/fastdiff")).expanduser() / "features"
+    path = cache / f"classifier1-{train.name}-{train.fingerprint}.safetensors"
+    network = Classifier(train.shape[0], train.shape[1], train.num_classes)
+    accuracy = _read(path, network)
+    if accuracy is None:
+        accuracy = _train(network, train, data.load(spec, "test"))
+        _write(path, network, accuracy)
+    return Extractor(f"classifier1/{train.name}", network.eval().to(device), accuracy)
+
+
+def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> float:
+    """Train in place with a fixed seed; returns the accuracy on the test split."""
+    updates = 1000 if len(train) < 10_000 else 2000
+    batches = data.Batches(train, min(128, len(train)), seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=updates)
+    network.train()
+    for _ in range(updates):
+        batch = next(batches)
+        _, logits = network(data.to_float(batch.images))
+        F.cross_entropy(logits, batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    network.eval()
+    correct = 0
+    with torch.no_grad():
+        for part in torch.arange(len(test)).split(BATCH):
+            _, logits = network(data.to_float(torch.from_numpy(test.images[part.numpy()])))
+            correct += int((logits.argmax(1) == torch.from_numpy(test.labels[part.numpy()])).sum())
+    return correct / len(test)
+
+
+def _read(path: Path, network: Classifier) -> float | None:
+    try:
+        with safe_open(path, "pt") as file:
+            network.load_state_dict({key: file.get_tensor(key) for key in network.state_dict()})
+            return float(file.metadata()["accuracy"])
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError):
+        return None  # not there, or damaged: train it again
+
+
+def _write(path: Path, network: Classifier, accuracy: float) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
+        save_file(network.state_dict(), beside, metadata={"accuracy": repr(accuracy)})
+        beside.rename(path)
+    except OSError:
+        pass  # the cache only saves time

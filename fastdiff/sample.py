@@ -1,0 +1,181 @@
+"""Draw images from a checkpoint: `python -m fastdiff.sample --checkpoint … --guidance 1 --num 64 --out grid.png`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import kernels
+from fastdiff import checkpoint, cli, data, figures, samplers
+from fastdiff.denoiser import Denoiser, with_guidance
+from fastdiff.errors import UserError
+
+SAMPLERS = {"ddim": samplers.ddim}
+TEACHER_STEPS = 64  # where neither the user nor the checkpoint says how many
+INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later streams
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, *, num: int, labels: Tensor | None = None, noise_ids: Tensor | None = None,
+    guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", seed: int = 0,
+    batch_size: int = 256, clip: bool | None = None, precision: str = "fp32",
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
+
+    labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,) int64,
+    default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size. clip: limit
+    x̂ to [−1, 1] in every step; default: only for models that were not trained for a number of steps.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(num) if noise_ids is None else noise_ids
+    if labels is None and model.num_classes:
+        labels = torch.arange(num) % model.num_classes
+    clip = model.config.steps is None if clip is None else clip
+    for start in range(0, num, batch_size):
+        part = slice(start, start + batch_size)
+        here = ids[part].to(device)
+        noise = kernels.randn(
+            (len(here), *model.image_shape), seed=seed, sample_ids=here, step=INITIAL_NOISE, device=device
+        )
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            yield SAMPLERS[sampler](
+                model, noise.contiguous(memory_format=torch.channels_last),
+                None if labels is None else labels[part].to(device),
+                guidance[part] if isinstance(guidance, Tensor) else guidance, steps,
+                schedule=model.schedule, clip=1.0 if clip else None, seed=seed,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What sampling and evaluation share."""
+
+    checkpoint: Path
+    """A checkpoint's folder, or a run's (its newest checkpoint)."""
+    steps: int | None = None
+    """Sampling steps; default: what the checkpoint was trained for, 64 for teachers."""
+    sampler: Literal["ddim"] = "ddim"
+    clip: bool | None = None
+    """Clip predicted images to [−1, 1] in every step; default: for models not trained for a number of steps."""
+    seed: int = 0
+    batch_size: int = 256
+    """Images at a time; the images do not depend on it."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    overwrite: bool = False
+    """Replace the output if it is there already."""
+
+    def model(self) -> tuple[Denoiser | nn.Module, int]:
+        """The model to sample from and its number of steps. Raises UserError."""
+        for name in ("steps", "batch_size", "num"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        denoiser = checkpoint.load(self.checkpoint, device=self.device)
+        trained = denoiser.config.steps
+        if self.steps is not None and trained is not None and self.steps != trained:
+            warn(f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse")
+        return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions):
+    guidance: float = 0.0
+    """Guidance strength w ≥ 0; 0 is the plain conditional model (other libraries' scale minus 1)."""
+    num: int = 64
+    labels: tuple[int, ...] = ()
+    """Classes, repeated as needed; default: all in turn."""
+    out: Path = Path("grid.png")
+    """A picture file for a grid, or a folder for one PNG an image."""
+
+
+def main(options: Options) -> None:
+    """Draw images from a checkpoint."""
+    model, steps = options.model()
+    check_guidance(model, options.guidance)
+    is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    check_output(options.out, options.overwrite, file=is_grid)
+    labels = _labels(options, model.num_classes)
+    rows_before, start = model.network_rows, time.perf_counter()
+    chunks, written = [], 0
+    bar = tqdm(total=options.num, unit="image", desc="sampling", disable=options.num <= options.batch_size)
+    if not is_grid:
+        options.out.mkdir(parents=True, exist_ok=True)
+    for images in generate(
+        model, num=options.num, labels=labels, guidance=options.guidance, steps=steps, sampler=options.sampler,
+        seed=options.seed, batch_size=options.batch_size, clip=options.clip, precision=options.precision,
+    ):  # fmt: skip
+        if is_grid:
+            chunks.append(data.to_uint8(images).cpu())
+        else:
+            for picture in data.to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1):
+                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+                    options.out / f"{written:06d}.png"
+                )
+                written += 1
+        bar.update(len(images))
+    bar.close()
+    seconds = time.perf_counter() - start
+    if is_grid:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        columns = (
+            model.num_classes
+            if 1 < model.num_classes <= 20 and not options.labels
+            else math.ceil(math.sqrt(options.num))
+        )
+        figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=min(columns, options.num))
+    calls = (model.network_rows - rows_before) / options.num
+    print(
+        f"{options.num} images in {steps} {options.sampler} steps, {calls:g} network calls an image, "
+        f"{options.num / seconds:.1f} images/s -> {options.out}"
+    )
+
+
+def check_guidance(model: nn.Module, guidance: float) -> None:
+    """Raises UserError for a w that makes no sense here, and warns of one outside the trained range."""
+    trained = model.config.guidance_range
+    if guidance < 0 or not math.isfinite(guidance):
+        raise UserError(f"--guidance must be a number ≥ 0, got {guidance}")
+    if guidance and not model.num_classes:
+        raise UserError(f"--guidance {guidance:g}: this model is unconditional, so there is nothing to guide; use 0")
+    if trained is not None and not trained[0] <= guidance <= trained[1]:
+        warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where this model was trained")
+
+
+def check_output(path: Path, overwrite: bool, *, file: bool) -> None:
+    """Raises UserError if writing to `path` would replace something without being asked."""
+    if path.exists() and file != path.is_file():
+        raise UserError(f"--out {path} is a {'folder' if file else 'file'}: name a {'file' if file else 'folder'}")
+    if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
+        raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _labels(options: Options, num_classes: int) -> Tensor | None:
+    if not options.labels:
+        return None
+    wrong = [label for label in options.labels if not 0 <= label < num_classes]
+    if wrong:
+        raise UserError(f"--labels {wrong[0]}: {options.checkpoint} has {num_classes} classes, 0 to {num_classes - 1}")
+    return torch.tensor(options.labels).repeat(-(-options.num // len(options.labels)))[: options.num]
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)

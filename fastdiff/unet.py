@@ -1,0 +1,326 @@
+"""The U-Net of guided diffusion models, with the few choices in which the published ones differ as plain fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+
+GUIDANCE_FREQUENCIES = 32  # per cosine and sine, geometric between the two below, in radians per unit of w
+GUIDANCE_SLOWEST, GUIDANCE_FASTEST = 0.05, 10.0
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of a U-Net. Defaults: a small ADM; the last group is what other published nets do otherwise."""
+
+    image_size: tuple[int, int] = (32, 32)
+    """Height and width, each divisible by 2^(levels − 1)."""
+    image_channels: int = 3
+    num_classes: int = 0
+    """0: unconditional. Otherwise label num_classes is the null class."""
+    channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 2)
+    """Width of each level, in units of channels."""
+    blocks: int = 2
+    """Residual blocks a level (one more on the way up)."""
+    attention_resolutions: tuple[int, ...] = ()
+    """Image heights at which self-attention follows a residual block."""
+    head_width: int | None = 64
+    """Channels of one attention head; None: a single head."""
+    dropout: float = 0.0
+    guidance_input: bool = False
+    """Whether guidance strength w is an input."""
+
+    scale_shift: bool = True
+    """The embedding scales and shifts after the second norm (ADM), or is added before it (DDPM)."""
+    resample: Literal["block", "conv", "conv-asymmetric"] = "block"
+    """Resolution changes inside a residual block, or by a convolution (asymmetric: padded right and below only)."""
+    resample_skip_conv: bool = False
+    """A resampling block's skip path has a 1×1 convolution even where the width stays (DDPM++)."""
+    residual_scale: float = 1.0
+    """Factor on the sum of a residual branch and its skip path: 1, or √½ (DDPM++)."""
+    groups: int = 32
+    min_group_width: int = 4
+    """GroupNorm has min(groups, channels / min_group_width) groups, or fewer where those do not divide the channels."""
+    eps: float = 1e-5
+    middle_attention: bool = True
+    decoder_attention: Literal["all", "last"] = "all"
+    """Attention after every block of a level on the way up, or after the last one (DDPM++)."""
+    qkv_order: Literal["qkv-head", "head-qkv", "head-width-qkv"] = "qkv-head"
+    """How rows of the qkv projection are nested, slowest first (ADM new, ADM legacy, EDM)."""
+    time_scale: float = 1000.0
+    """Factor on the network's time before its sinusoids."""
+    time_endpoint: bool = False
+    """Whether the slowest sinusoid is exactly 1e-4 radians per unit (DDPM, DDPM++) or one step short of it (ADM)."""
+    label_before_mlp: bool = False
+    """Class embedding added before the time embedding's two layers (DDPM++) or after them."""
+
+
+PRESETS: dict[str, UNetConfig] = {
+    "digits": UNetConfig((8, 8), 1, 10, channels=32, channel_mult=(1, 1), blocks=1, middle_attention=False),
+    "fashion-mnist": UNetConfig(
+        (32, 32), 1, 10, channels=32, channel_mult=(1, 2, 4), blocks=1, attention_resolutions=(8,), head_width=64
+    ),
+    "cifar10": UNetConfig(
+        (32, 32), 3, 10, channels=256, channel_mult=(1, 1, 1), blocks=3, attention_resolutions=(16, 8),
+        head_width=64, dropout=0.2,
+    ),
+    "imagenet64": UNetConfig(
+        (64, 64), 3, 1000, channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention_resolutions=(32, 16, 8),
+        head_width=64, dropout=0.1,
+    ),
+}  # fmt: skip
+
+
+def config_from_dict(values: dict) -> UNetConfig:
+    """The config that `dataclasses.asdict` (by way of JSON) described. Raises ValueError for unknown fields."""
+    unknown = set(values) - {field.name for field in fields(UNetConfig)}
+    if unknown:
+        raise ValueError(f"unknown U-Net fields: {', '.join(sorted(unknown))}")
+    return UNetConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+class UNet(nn.Module):
+    """(z (B, C, H, W), time (B,), label (B,) or None, guidance (B,) or None) -> (B, C, H, W) float32.
+
+    label None means the null class; guidance None means w = 0. Set `gradient_checkpointing` to trade a second
+    forward pass of each residual block for its activations. Raises ValueError where image_size does not halve
+    evenly, or where the head width does not divide the channels.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.gradient_checkpointing = False
+        width, embed_width = config.channels, 4 * config.channels
+        self.time_mlp = nn.Sequential(nn.Linear(width, embed_width), nn.SiLU(), nn.Linear(embed_width, embed_width))
+        if config.num_classes:
+            label_width = width if config.label_before_mlp else embed_width
+            self.label_embedding = nn.Embedding(config.num_classes + 1, label_width)
+        if config.guidance_input:
+            self.guidance_mlp = nn.Sequential(
+                nn.Linear(2 * GUIDANCE_FREQUENCIES, embed_width),
+                nn.SiLU(),
+                _zeroed(nn.Linear(embed_width, embed_width)),
+            )
+
+        levels = [width * mult for mult in config.channel_mult]
+        heights = [config.image_size[0] >> level for level in range(len(levels))]
+        self.conv_in = nn.Conv2d(config.image_channels, levels[0], 3, padding=1)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        skips, channels = [levels[0]], levels[0]
+        for level, (out, height) in enumerate(zip(levels, heights, strict=True)):
+            for _ in range(config.blocks):
+                self.encoder.append(Stage(config, channels, out, attention=height in config.attention_resolutions))
+                channels = out
+                skips.append(channels)
+            if level < len(levels) - 1:
+                self.encoder.append(Stage(config, channels, channels, resample="down"))
+                skips.append(channels)
+        self.middle = nn.ModuleList(
+            [Stage(config, channels, channels, attention=config.middle_attention), Stage(config, channels, channels)]
+        )
+        for level, (out, height) in reversed(list(enumerate(zip(levels, heights, strict=True)))):
+            for index in range(config.blocks + 1):
+                here = config.decoder_attention == "all" or index == config.blocks
+                attention = here and height in config.attention_resolutions
+                self.decoder.append(Stage(config, channels + skips.pop(), out, attention=attention))
+                channels = out
+            if level:
+                self.decoder.append(Stage(config, channels, channels, resample="up"))
+        self.norm_out = GroupNorm(config, channels)
+        self.conv_out = _zeroed(nn.Conv2d(channels, config.image_channels, 3, padding=1))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        embedding = F.silu(self.embed(time, label, guidance))
+        h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for stage in self.encoder:
+            h = self._run(stage, h, embedding)
+            skips.append(h)
+        for stage in self.middle:
+            h = self._run(stage, h, embedding)
+        for stage in self.decoder:
+            h = self._run(stage, h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.conv_out(self.norm_out(h, silu=True)).float()
+
+    def embed(self, time: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """The embedding of time, label and guidance, before its last SiLU: (B, 4·channels)."""
+        config = self.config
+        embedding = sinusoids(time.float() * config.time_scale, config.channels, endpoint=config.time_endpoint)
+        label_embedding = 0.0
+        if config.num_classes:
+            if label is None:
+                label = torch.full_like(time, config.num_classes, dtype=torch.int64)
+            label_embedding = self.label_embedding(label)
+        if config.label_before_mlp:
+            embedding = self.time_mlp(embedding + label_embedding)
+        else:
+            embedding = self.time_mlp(embedding) + label_embedding
+        if config.guidance_input:
+            guidance = torch.zeros_like(time) if guidance is None else guidance
+            embedding = embedding + self.guidance_mlp(guidance_features(guidance))
+        return embedding
+
+    def _run(self, stage: Stage, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, embedding, use_reentrant=False)
+        return stage(h, embedding)
+
+
+class Stage(nn.Module):
+    """A residual block with optional attention, or a change of resolution."""
+
+    def __init__(
+        self, config: UNetConfig, channels: int, out: int, *, attention: bool = False, resample: str | None = None
+    ):
+        super().__init__()
+        self.resample = resample
+        if resample is None or config.resample == "block":
+            self.block = ResidualBlock(config, channels, out, resample)
+        else:
+            self.block = ResamplingConv(config, channels, resample)
+        self.attention = Attention(config, out) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.block(x, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int, out: int, resample: str | None):
+        super().__init__()
+        self.resample, self.scale_shift, self.residual_scale = resample, config.scale_shift, config.residual_scale
+        self.norm1 = GroupNorm(config, channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.embed = nn.Linear(4 * config.channels, 2 * out if config.scale_shift else out)
+        self.norm2 = GroupNorm(config, out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
+        projected = channels != out or (resample is not None and config.resample_skip_conv)
+        self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(_resample(self.norm1(x, silu=True), self.resample))
+        modulation = self.embed(embedding)
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm2(h, scale, shift, silu=True)
+        else:
+            h = self.norm2(h + modulation[:, :, None, None], silu=True)
+        h = self.conv2(self.dropout(h))
+        return _residual(self.skip(_resample(x, self.resample)), h, self.residual_scale)
+
+
+class ResamplingConv(nn.Module):
+    """A 3×3 convolution with stride 2, or after doubling the image."""
+
+    def __init__(self, config: UNetConfig, channels: int, resample: str):
+        super().__init__()
+        self.up, self.asymmetric = resample == "up", config.resample == "conv-asymmetric"
+        stride, padding = (1, 1) if self.up else (2, 0 if self.asymmetric else 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.up:
+            return self.conv(_resample(x, "up"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with a residual."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        self.heads = channels // (config.head_width or channels)
+        self.order, self.residual_scale = config.qkv_order, config.residual_scale
+        self.norm = GroupNorm(config, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = _zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
+        h = self.project(kernels.attention(self._packed(self.qkv(tokens)), self.heads))
+        return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.residual_scale)
+
+    def _packed(self, qkv: Tensor) -> Tensor:
+        if self.order == "qkv-head":
+            return qkv
+        if self.order == "head-qkv":
+            return qkv.unflatten(2, (self.heads, 3, -1)).transpose(2, 3).flatten(2)
+        return qkv.unflatten(2, (self.heads, -1, 3)).movedim(-1, 2).flatten(2)
+
+
+class GroupNorm(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        self.groups = math.gcd(channels, max(1, min(config.groups, channels // config.min_group_width)))
+        self.eps = config.eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
+
+
+def sinusoids(values: Tensor, width: int, *, endpoint: bool) -> Tensor:
+    """(B, width): cosines, then sines, of `values` at width/2 frequencies from 1 down to 1e-4."""
+    half = width // 2
+    exponent = torch.arange(half, device=values.device, dtype=torch.float32) / (half - (1 if endpoint else 0))
+    phase = values[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def guidance_features(guidance: Tensor) -> Tensor:
+    """Fourier features of w: (B, 2·GUIDANCE_FREQUENCIES)."""
+    ends = math.log(GUIDANCE_SLOWEST), math.log(GUIDANCE_FASTEST)
+    phase = guidance.float()[:, None] * torch.linspace(*ends, GUIDANCE_FREQUENCIES, device=guidance.device).exp()
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def _resample(x: Tensor, direction: str | None) -> Tensor:
+    if direction == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else x
+
+
+def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
+    return x + h if scale == 1 else (x + h) * scale
+
+
+def _zeroed(module: nn.Module) -> nn.Module:
+    """Zero weights, so that a new residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _check(config: UNetConfig) -> None:
+    factor = 2 ** (len(config.channel_mult) - 1)
+    if any(size <= 0 or size % factor for size in config.image_size):
+        raise ValueError(
+            f"an image of {config.image_size[0]}×{config.image_size[1]} pixels does not divide by {factor}, "
+            f"as {len(config.channel_mult)} levels need; use fewer levels or pad the images"
+        )
+    if config.channels % 2 or min(config.channels, config.blocks, config.image_channels) <= 0:
+        raise ValueError("channels must be even, and channels, blocks and image_channels positive")
+    widths = {config.channels * mult for mult in config.channel_mult}
+    if config.head_width and any(width % config.head_width for width in widths if _attends(config, width)):
+        raise ValueError(f"head width {config.head_width} does not divide the attention's channels {sorted(widths)}")
+
+
+def _attends(config: UNetConfig, width: int) -> bool:
+    at = {config.channels * m: config.image_size[0] >> i for i, m in enumerate(config.channel_mult)}
+    middle = config.middle_attention and width == config.channels * config.channel_mult[-1]
+    return middle or at[width] in config.attention_resolutions

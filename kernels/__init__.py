@@ -1,0 +1,189 @@
+"""The operations that fastdiff is made of, each with one contract and interchangeable backends.
+
+CUDA tensors run the fastest backend there is, others the PyTorch reference. `FASTDIFF_KERNELS=reference|triton` or
+`with kernels.use("reference"):` forces one. Coefficients and angles are (B,) tensors; images are (B, C, H, W) in any
+floating dtype, read as they are and combined in float32 (float64 where an input is float64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import implementation, use
+
+__all__ = [
+    "Clip", "add_noise", "affine_regression_loss", "affine_update", "attention", "group_norm", "guided_step",
+    "rand", "randn", "sid_generator_loss", "stochastic_step", "use",
+]  # fmt: skip
+__version__ = "0.0.0"  # other libraries look for a package called `kernels` and compare versions: this one is not it
+
+
+class Clip(NamedTuple):
+    """Clip the affine sum x̂ and step on from it: `coef_z·z + coef_x·clip(x̂)`; without coefficients just `clip(x̂)`.
+
+    limit: a number (static: clamp to [−limit, limit]) or a (B,) tensor of percentiles s (Imagen's dynamic
+    thresholding: clamp to [−max(s, 1), max(s, 1)], divide by max(s, 1)).
+    """
+
+    limit: float | Tensor
+    coef_z: Tensor | None = None
+    coef_x: Tensor | None = None
+
+
+def affine_update(
+    z: Tensor, a: Tensor, b: Tensor | None = None, *,
+    coef_z: Tensor | None, coef_a: Tensor, coef_b: Tensor | None = None,
+    clip: float | Tensor | Clip | None = None,
+    coef_noise: Tensor | None = None, seed: int | None = None, sample_ids: Tensor | None = None, step: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """coef_z·z + coef_a·a [+ coef_b·b], then clipped, then + coef_noise·randn: one sampler step in one pass.
+
+    z, a, b: (B, ...) of one shape, any floating dtypes. coef_*: (B,); coef_z=None leaves z out of the sum. clip: see
+    `Clip`; a bare number or (B,) tensor clips the sum itself. Noise is the stream of `randn(seed, sample_ids, step)`.
+    Returns out_dtype (default float32, float64 where an input is). Raises ValueError on shapes that do not match.
+    """
+    _check_images("affine_update", z=z, a=a, b=b)
+    _check_coefficients("affine_update", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, coef_noise=coef_noise)
+    if (b is None) != (coef_b is None):
+        raise ValueError("affine_update: b and coef_b go together; give both or neither")
+    if coef_noise is not None and (seed is None or sample_ids is None):
+        raise ValueError("affine_update: coef_noise needs seed and sample_ids")
+    if clip is not None and not isinstance(clip, Clip):
+        clip = Clip(clip)
+    return implementation("affine_update", z)(
+        z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, coef_noise=coef_noise, seed=seed,
+        sample_ids=sample_ids, step=step, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def guided_step(z, v_cond, v_uncond, guidance, angle_from, angle_to, *, clip=None) -> Tensor:
+    """Rotate z from angle_from to angle_to by v = (1+w)·v_cond − w·v_uncond ([GD] eq. 4); v_uncond=None means w = 0.
+
+    Images (B, C, H, W), guidance and angles (B,). clip: limit on x̂, as in `Clip`. Returns float32.
+    """
+    coef_z, coef_v = torch.cos(angle_from - angle_to), -torch.sin(angle_from - angle_to)
+    return _guided(z, v_cond, v_uncond, guidance, angle_from, angle_to, coef_z, coef_v, clip)
+
+
+def stochastic_step(
+    z, v_cond, v_uncond, guidance, angle_from, angle_far, angle_to, *, seed, sample_ids, step, clip=None
+) -> Tensor:
+    """Rotate z from angle_from down to angle_far, then noise it back up to angle_to ([GD] section 3.3).
+
+    Arguments as for `guided_step`; the noise is that of `randn(seed, sample_ids, step)`.
+    """
+    keep = torch.cos(angle_to) / torch.cos(angle_far)
+    noise = (torch.sin(angle_to).square() - (torch.sin(angle_far) * keep).square()).clamp(min=0).sqrt()
+    coef_z, coef_v = keep * torch.cos(angle_from - angle_far), -keep * torch.sin(angle_from - angle_far)
+    return _guided(
+        z, v_cond, v_uncond, guidance, angle_from, angle_far, coef_z, coef_v, clip, keep=keep,
+        coef_noise=noise, seed=seed, sample_ids=sample_ids, step=step,
+    )  # fmt: skip
+
+
+def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, keep=1.0, **noise) -> Tensor:
+    if clip is not None:  # the sum is x̂ = cos φ·z − sin φ·v; from its clipped value the step goes on as a rotation
+        clip = Clip(clip, keep * torch.sin(end) / torch.sin(start), keep * torch.sin(start - end) / torch.sin(start))
+        coef_z, coef_v = torch.cos(start), -torch.sin(start)
+    if v_uncond is None:
+        return affine_update(z, v_cond, coef_z=coef_z, coef_a=coef_v, clip=clip, **noise)
+    coef_a, coef_b = coef_v * (1 + guidance), -coef_v * guidance
+    return affine_update(z, v_cond, v_uncond, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, **noise)
+
+
+def add_noise(x: Tensor, angle: Tensor, *, seed: int, sample_ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """(z, ε) with z = cos(φ)·x + sin(φ)·ε and ε = randn(seed, sample_ids, step); x (B, C, H, W), angle (B,)."""
+    noise = randn(tuple(x.shape), seed=seed, sample_ids=sample_ids, step=step, device=x.device)
+    return affine_update(x, noise, coef_z=torch.cos(angle), coef_a=torch.sin(angle)), noise
+
+
+def affine_regression_loss(
+    prediction: Tensor, z: Tensor, a: Tensor, b: Tensor | None, *,
+    coef_z: Tensor | None, coef_a: Tensor, coef_b: Tensor | None, weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """weight · mean((coef_z·z + coef_a·a + coef_b·b − prediction)²) per sample: (B,), differentiable in prediction.
+
+    prediction, z, a, b: (B, ...) of one shape; coefficients and weight (B,). The target carries no gradient.
+    Raises ValueError on shapes that do not match.
+    """
+    _check_images("affine_regression_loss", prediction=prediction, z=z, a=a, b=b)
+    _check_coefficients("affine_regression_loss", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight)
+    z, a, b = (t if t is None else t.detach() for t in (z, a, b))
+    return implementation("affine_regression_loss", prediction)(
+        prediction, z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight
+    )
+
+
+def sid_generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, alpha: float) -> Tensor:
+    """SiD's generator loss per sample, (B,), differentiable in all three images ([SiD] eq. 23; method section 8).
+
+    (1/ω)·Σ d·[(f_φ − x_g) − α·d] with d = f_φ − f_ψ and ω = mean|x_g − f_φ| ≥ 1e-5, which carries no gradient.
+    """
+    _check_images("sid_generator_loss", teacher_x=teacher_x, fake_x=fake_x, generated_x=generated_x)
+    return implementation("sid_generator_loss", teacher_x)(teacher_x, fake_x, generated_x, alpha)
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False,
+) -> Tensor:  # fmt: skip
+    """GroupNorm, then ·(1 + scale) + shift per sample and channel, then SiLU; x (B, C, H, W), scale, shift (B, C).
+
+    Returns x's dtype and memory layout. Raises ValueError if groups do not divide C or scale comes without shift.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"group_norm: x must be (B, C, H, W), got {tuple(x.shape)}")
+    if num_groups <= 0 or x.shape[1] % num_groups:
+        raise ValueError(f"group_norm: {num_groups} groups do not divide {x.shape[1]} channels")
+    if (scale is None) != (shift is None):
+        raise ValueError("group_norm: scale and shift go together; give both or neither")
+    return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over all tokens: (B, N, 3·C), packed as q, k, v with heads inside each -> (B, N, C)."""
+    if qkv.ndim != 3 or num_heads <= 0 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"attention: qkv must be (B, N, 3·C) with C divisible by {num_heads} heads, got {tuple(qkv.shape)}"
+        )
+    return implementation("attention", qkv)(qkv, num_heads)
+
+
+def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
+    """Standard normals, float32: row i depends on (seed, sample_ids[i], step) alone, not on batch or device.
+
+    shape: (B, ...); sample_ids: (B,) int64; seed: 64-bit. The stream is Philox 4×32-10 with Box–Muller.
+    """
+    _check_ids("randn", shape, sample_ids)
+    return implementation("randn", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step, device=device)
+
+
+def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
+    """Uniforms in [0, 1), float32, keyed like `randn`. The two share words: give them different seeds or steps."""
+    _check_ids("rand", shape, sample_ids)
+    return implementation("rand", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step, device=device)
+
+
+def _check_ids(name: str, shape, sample_ids: Tensor) -> None:
+    if sample_ids.shape != (shape[0],) or sample_ids.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: sample_ids must be int64 of shape ({shape[0]},), "
+            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
+        )
+
+
+def _check_images(name: str, **images: Tensor | None) -> None:
+    first, shape = next((key, value.shape) for key, value in images.items() if value is not None)
+    for key, value in images.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, but {first} has {tuple(shape)}")
+
+
+def _check_coefficients(name: str, image: Tensor, **coefficients: Tensor | None) -> None:
+    for key, value in coefficients.items():
+        if value is not None and value.shape != image.shape[:1]:
+            raise ValueError(f"{name}: {key} must have shape ({image.shape[0]},), got {tuple(value.shape)}")

@@ -1,0 +1,47 @@
+"""Which implementation of an operation runs: chosen by the tensor's device, or forced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import Tensor
+
+from . import reference
+
+# A backend is a module with the functions of `reference`; it may lack some, and the reference then serves.
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_forced: list[str] = []
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend inside a `with` block: "reference" or "triton".
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not available here.
+    """
+    _check(name, "kernels.use")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def implementation(operation: str, tensor: Tensor) -> Callable:
+    """The function that runs `operation` on tensors that live where `tensor` does."""
+    name = _forced[-1] if _forced else os.environ.get("FASTDIFF_KERNELS", "")
+    if name:
+        _check(name, "FASTDIFF_KERNELS")
+    elif tensor.is_cuda and "triton" in BACKENDS:
+        name = "triton"
+    return getattr(BACKENDS.get(name, reference), operation, None) or getattr(reference, operation)
+
+
+def _check(name: str, source: str) -> None:
+    if name not in ("reference", "triton"):
+        raise ValueError(f"{source}: unknown backend {name!r}; choose reference or triton")
+    if name not in BACKENDS:
+        raise RuntimeError(f"{source}: the triton backend is not available here; choose reference")

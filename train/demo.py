@@ -1,0 +1,292 @@
+"""The whole pipeline on the embedded data set, in `--minutes` minutes: three recipes, scores and pictures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastdiff import checkpoint, cli, data, distill, figures
+from fastdiff.denoiser import Denoiser, Guided
+from fastdiff.errors import UserError
+from fastdiff.evaluate import Reference, evaluate, table
+from fastdiff.sample import generate
+from train import loop, stage1, stage2, teacher
+
+GUIDANCE = (0.0, 1.0, 4.0)
+TEACHER_STEPS = (64, 8, 4, 2, 1)
+STUDENT_STEPS = (8, 4, 2, 1)
+SHARES = {"teacher": 0.36, "stage1": 0.16, "stage2": 0.48}  # of the time for training
+RESERVE = 0.08  # of all time, for what was measured too fast
+ROUND_UNITS = 2.0  # a round of stage 2 with N ≤ 2 steps lasts as long as two others
+TIMED_STEPS = 1024
+TIMED_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: Path = Path("runs/demo")
+    """Running again into the same folder continues what is there."""
+    minutes: float = 10.0
+    """Time for everything; training is scaled to what there is."""
+    preset: str = "digits"
+    """digits or fashion-mnist."""
+    data: str | None = None
+    """Default: the preset's."""
+    num: int = 1440
+    """Samples a score."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: str = "fp32"
+    seed: int = 0
+
+
+def main(options: Options) -> None:
+    """Teacher, stage 1, stage 2, scores and pictures on the embedded data set."""
+    if options.minutes <= 0 or options.num <= 1:
+        raise UserError(f"--minutes and --num must be positive, got {options.minutes:g} and {options.num}")
+    if options.preset not in ("digits", "fashion-mnist"):
+        raise UserError(f"unknown preset {options.preset!r} of the demo; known: digits, fashion-mnist")
+    clock = Clock(60 * options.minutes)
+    spec = options.data or options.preset
+    print(f"[{clock}] data and feature extractor: {spec}")
+    reference = Reference.load(spec, device=options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    models = train_all(options, spec, clock)
+    print(f"[{clock}] scores")
+    rows = score_all(options, models, reference)
+    timing = time_all(models, options)
+    samples(models, options.out / "samples.png", options.seed)
+    figures.plot_quality(rows, reference.floor, options.out / "quality-vs-calls.png")
+    results = {
+        "reference": reference.describe(), "rows": rows, "timing": timing, "training": _training(options.out),
+        "seconds_of_this_run": round(clock.elapsed()), "torch": torch.__version__, "device": options.device,
+        "cores": os.cpu_count(), "machine": platform.machine(),
+    }  # fmt: skip
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "report.md").write_text(report(results, options))
+    print(table(rows, reference.describe()))
+    print(f"[{clock}] done: {options.out / 'report.md'}")
+
+
+class Clock:
+    """The time since the start and what is left of the budget, in seconds."""
+
+    def __init__(self, budget: float):
+        self.start, self.budget = time.perf_counter(), budget
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def left(self) -> float:
+        return self.budget * (1 - RESERVE) - self.elapsed()
+
+    def __str__(self) -> str:
+        return f"{self.elapsed() / 60:4.1f} min"
+
+
+@dataclass(frozen=True)
+class Models:
+    guided: Guided
+    stage1: Denoiser
+    students: dict[int, Denoiser]
+
+
+def train_all(options: Options, spec: str, clock: Clock) -> Models:
+    """Run, continue or reuse the three recipes; each gets its share of the time that is left when it starts."""
+    common = {"data": spec, "device": options.device, "precision": options.precision, "seed": options.seed}
+    dataset = data.load(spec, "train")
+
+    recipe = _options(teacher, options, "teacher", **common)
+    fresh = Denoiser(teacher.denoiser_config(recipe, dataset)).to(options.device)
+    evaluation = _evaluation_seconds(fresh, options)
+    remaining = dict(SHARES)
+
+    def planned(
+        name: str, recipe: loop.LoopOptions, model: Denoiser, loss: loop.Loss, units: float
+    ) -> loop.LoopOptions:
+        """The recipe with as many updates as its share of the time allows, or as many as it was begun with."""
+        share = remaining.pop(name) / (sum(remaining.values()) + SHARES[name])
+        if (updates := _begun(recipe.out)) is None:
+            seconds = max(0.0, clock.left() - evaluation) * share
+            updates = max(20, int(seconds / _update_seconds(model, loss, dataset, recipe) / units))
+        print(f"[{clock}] {name}: {updates} updates{' a round' if name == 'stage2' else ''}")
+        return replace(recipe, updates=updates, save_every=max(1, updates // 2), resume=recipe.out.exists())
+
+    recipe = planned("teacher", recipe, fresh, distill.teacher, 1)
+    guided = Guided(teacher.train(recipe))
+
+    recipe = _options(stage1, options, "stage1", teacher=recipe.out, **common)
+    limits = recipe.guidance_range
+    student = stage1.student_of(guided.denoiser, limits)
+    recipe = planned("stage1", recipe, student, lambda m, b: distill.stage1(m, guided, b, guidance_range=limits), 1)
+    first = stage1.train(recipe)
+
+    recipe = _options(stage2, options, "stage2", teacher=recipe.out, **common)
+    rounds = stage2.student_steps(recipe.start_steps, recipe.end_steps)
+    units = sum(ROUND_UNITS if steps <= 2 else 1 for steps in rounds)
+    recipe = planned(
+        "stage2", recipe, first, lambda m, b: distill.stage2(m, first, b, steps=8, guidance_range=limits), units
+    )
+    stage2.train(replace(recipe, last_updates=int(ROUND_UNITS * recipe.updates)))
+    students = {n: checkpoint.load(recipe.out / f"steps-{n}", device=options.device) for n in STUDENT_STEPS}
+    return Models(guided, first, students)
+
+
+def score_all(options: Options, models: Models, reference: Reference) -> list[dict]:
+    """The guided teacher with DDIM and the students, at each guidance strength."""
+    runs = [("teacher, DDIM", models.guided, steps) for steps in TEACHER_STEPS]
+    runs += [("student", models.students[steps], steps) for steps in STUDENT_STEPS]
+    return [
+        evaluate(
+            model, reference, name=name, guidance=w, steps=steps, num=options.num, seed=options.seed,
+            precision=options.precision,
+        )
+        for name, model, steps in runs for w in GUIDANCE
+    ]  # fmt: skip
+
+
+def time_all(models: Models, options: Options) -> dict:
+    """Wall-clock of one batch: the 1024-step guided teacher against the 4- and 1-step students, in one run."""
+
+    def seconds(model: torch.nn.Module, steps: int) -> float:
+        start = time.perf_counter()
+        for images in generate(
+            model, num=TIMED_BATCH, guidance=1.0, steps=steps, seed=options.seed, batch_size=TIMED_BATCH,
+            precision=options.precision,
+        ):  # fmt: skip
+            images.cpu()
+        return time.perf_counter() - start
+
+    for model, steps in ((models.guided, 2), (models.students[4], 4), (models.students[1], 1)):
+        seconds(model, steps)  # warm up
+    students: dict[int, list[float]] = {4: [], 1: []}
+
+    def time_students() -> None:
+        for steps, times in students.items():
+            times += [seconds(models.students[steps], steps) for _ in range(5)]
+
+    time_students()
+    slow = seconds(models.guided, TIMED_STEPS)
+    time_students()  # before and after, so that a change of the machine's speed shows on both sides
+    fast = {steps: statistics.median(times) for steps, times in students.items()}
+    return {
+        "batch": TIMED_BATCH, "guidance": 1.0, "teacher_steps": TIMED_STEPS,
+        **{f"teacher_over_{steps}_step_student": round(slow / time_, 1) for steps, time_ in fast.items()},
+    }  # fmt: skip
+
+
+def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance: float = 1.0) -> None:
+    """Teacher and students side by side: one row a class, one column a noise, the same in every panel."""
+    classes = models.guided.num_classes
+    panels = [(f"teacher, {steps} steps", models.guided, steps) for steps in (64, 4, 1)]
+    panels += [(f"student, {steps} step{'s' * (steps > 1)}", models.students[steps], steps) for steps in STUDENT_STEPS]
+    drawn = []
+    for title, model, steps in panels:
+        images = generate(
+            model, num=classes * columns, labels=torch.arange(classes).repeat_interleave(columns),
+            noise_ids=torch.arange(columns).repeat(classes), guidance=guidance, steps=steps, seed=seed,
+        )  # fmt: skip
+        drawn.append((title, torch.cat([part.cpu() for part in images])))
+    figures.save_panels(drawn, path, columns=columns)
+
+
+def report(results: dict, options: Options) -> str:
+    """report.md: the table, the figures that matter, and how to make it again."""
+    rows, timing = results["rows"], results["timing"]
+
+    def fd(model: str, steps: int, w: float) -> float:
+        return next(r["fd"] for r in rows if (r["model"], r["steps"], r["guidance"]) == (model, steps, w))
+
+    lines = [
+        f"# {options.preset}: a guided teacher and its few-step students", "",
+        f"Made by `python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
+        f"--seed {options.seed}`.", "",
+        table(rows, results["reference"]), "",
+        "![samples](samples.png)", "",
+        "Same noise and class in every panel; guidance w = 1.", "",
+        "![quality against network calls](quality-vs-calls.png)", "",
+        "| Fréchet distance, relative to the 64-step guided teacher's at the same w | "
+        + " | ".join(f"w = {w:g}" for w in GUIDANCE) + " |",
+        "|---|" + "---:|" * len(GUIDANCE),
+    ]  # fmt: skip
+    for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS)):
+        for steps in all_steps:
+            cells = (f"{fd(model, steps, w) / fd('teacher, DDIM', 64, w):.2f}" for w in GUIDANCE)
+            lines.append(f"| {model}, {steps} steps | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
+        f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student and "
+        f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student.",
+        "",
+        "| run | updates | images | minutes |", "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for run in results["training"]:
+        lines.append(f"| {run['run']} | {run['updates']} | {run['images']} | {run['seconds'] / 60:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _options(recipe, options: Options, name: str, **fields) -> loop.LoopOptions:
+    return recipe.Options(
+        **(recipe.PRESETS[options.preset] | {"preset": options.preset, "out": options.out / name} | fields)
+    )
+
+
+def _begun(out: Path) -> int | None:
+    """The updates that a run in this folder was begun with."""
+    try:
+        return json.loads((out / "config.json").read_text())["options"]["updates"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _update_seconds(
+    model: Denoiser, loss: Callable, dataset: data.Dataset, options: loop.LoopOptions, trials: int = 8
+) -> float:
+    """Median time of an update, on a copy of the model."""
+    updater = loop.Updater(options, copy.deepcopy(model).requires_grad_(True), loss)
+    batches, times = data.Batches(dataset, options.batch_size), []
+    for _ in range(trials + 2):
+        start = time.perf_counter()
+        updater.update(loop.to_device(next(batches), dataset.num_classes, 0, updater.device))
+        updater.check_finite()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def _evaluation_seconds(model: Denoiser, options: Options) -> float:
+    """What scoring and timing will take, from the time of one network call."""
+    batch = 256
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        for images in generate(model, num=batch, steps=1, batch_size=batch, precision=options.precision):
+            images.cpu()
+        times.append(time.perf_counter() - start)
+    calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * sum(STUDENT_STEPS)
+    rows = calls * options.num + 2 * TIMED_STEPS * TIMED_BATCH
+    return 1.1 * rows * statistics.median(times[1:]) / batch
+
+
+def _training(out: Path) -> list[dict]:
+    """Updates, images and seconds of each run, from the logs."""
+    runs: dict[str, dict] = {}
+    for name in ("teacher", "stage1", "stage2"):
+        for line in (out / name / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            run = runs.setdefault(row["run"], {"run": row["run"], "updates": 0, "images": 0, "seconds": 0.0})
+            run["seconds"] += (row["images"] - run["images"]) / row["images_per_second"]
+            run["updates"], run["images"] = row["update"], row["images"]
+    return [run | {"seconds": round(run["seconds"], 1)} for run in runs.values()]
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)
