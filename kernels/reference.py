@@ -73,10 +73,11 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha: float) -> Tensor:
 
 
 def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tensor:
-    y = F.group_norm(x, num_groups, weight, bias, eps)
+    dtype = _working_dtype(x)
+    y = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
-        y = torch.addcmul(shift[:, :, None, None], y, 1 + scale[:, :, None, None])
-    return F.silu(y) if silu else y
+        y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
