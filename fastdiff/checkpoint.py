@@ -46,7 +46,12 @@ def save(
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    beside.rename(folder)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
@@ -59,8 +64,11 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Denoiser:
     folder = find(folder)
     config = _read_config(folder)
     weights = _read_tensors(folder / "model.safetensors")
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
+    try:
+        with torch.device("meta"):
+            denoiser = Denoiser(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder / 'model.json'} does not describe a fastdiff model: {error}") from None
     expected = {key: value.shape for key, value in denoiser.network.state_dict().items()}
     found = {key: value.shape for key, value in weights.items()}
     if expected != found:
@@ -87,7 +95,7 @@ def find(folder: str | Path) -> Path:
         return folder
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint at {folder}: that folder does not exist")
-    rounds = sorted((p.parent for p in folder.glob("steps-*/model.json")), key=lambda p: int(p.name.split("-")[1]))
+    rounds = _numbered(folder, "steps-")
     if rounds:
         raise UserError(f"{folder} holds several models; name one: {', '.join(str(p) for p in rounds)}")
     numbered = newest(folder)
@@ -98,10 +106,13 @@ def find(folder: str | Path) -> Path:
 
 def newest(folder: Path) -> Path | None:
     """A run's newest numbered checkpoint, or None."""
-    return max(
-        (p for p in folder.glob(f"{PREFIX}*") if (p / "model.json").is_file()),
-        key=lambda p: int(p.name.removeprefix(PREFIX)), default=None,
-    )  # fmt: skip
+    return next(reversed(_numbered(folder, PREFIX)), None)
+
+
+def _numbered(folder: Path, prefix: str) -> list[Path]:
+    """The checkpoints called prefix + number, by number."""
+    found = [p.parent for p in folder.glob(f"{prefix}*/model.json") if p.parent.name.removeprefix(prefix).isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(prefix)))
 
 
 def _read_config(folder: Path) -> DenoiserConfig:
@@ -121,7 +132,7 @@ def _read_json(path: Path) -> dict:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the checkpoint is incomplete; use another one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): use another checkpoint") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged (not a JSON object): use another checkpoint")

@@ -88,9 +88,9 @@ def table(rows: Sequence[dict], reference: dict) -> str:
         "",
         f"FD: Fréchet distance on features of {reference['extractor']} (test accuracy "
         f"{reference['extractor_test_accuracy']:.1%}), not FID. {' or '.join(map(str, nums))} samples against the "
-        f"{reference['images']} images of {reference['data']}'s {reference['split']} split, seed {rows[0]['seed']}. One "
-        f"half of those images against the other: {reference['half_against_half_fd']:.2f}. Score: exp of the mean KL to the "
-        f"marginal; the real images have {reference['score']:.2f}.",
+        f"{reference['images']} images of {reference['data']}'s {reference['split']} split, seed {rows[0]['seed']}. "
+        f"One half of those images against the other: {reference['half_against_half_fd']:.2f}. Score: exp of the mean "
+        f"KL of the predicted classes to their marginal; the real images have {reference['score']:.2f}.",
     ]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -129,7 +129,7 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
 
     Raises UserError for a data set without labels.
     """
-    train = data.load(spec, "train")
+    train, test = _train_and_test(spec)
     if train.num_classes < 2:
         raise UserError(f"--data {spec}: scores need a data set with labels, to train the feature extractor on")
     cache = cache or Path(os.environ.get("FASTDIFF_CACHE", "~/.cache/fastdiff")).expanduser() / "features"
@@ -137,9 +137,19 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
     network = Classifier(train.shape[0], train.shape[1], train.num_classes)
     accuracy = _read(path, network)
     if accuracy is None:
-        accuracy = _train(network, train, data.load(spec, "test"))
+        accuracy = _train(network, train, test)
         _write(path, network, accuracy)
     return Extractor(f"classifier1/{train.name}", network.eval().to(device), accuracy)
+
+
+def _train_and_test(spec: str) -> tuple[data.Dataset, data.Dataset]:
+    """A data set's splits; every tenth training image is held out where it has no test split."""
+    train = data.load(spec, "train")
+    try:
+        return train, data.load(spec, "test")
+    except UserError:
+        held = torch.arange(len(train)).numpy() % 10 == 9
+        return tuple(replace(train, images=train.images[part], labels=train.labels[part]) for part in (~held, held))
 
 
 def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> float:

@@ -34,9 +34,9 @@ def generate(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
-    labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,) int64,
-    default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size. clip: limit
-    x̂ to [−1, 1] in every step; default: only for models that were not trained for a number of steps.
+    labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
+    int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
+    clip: limit x̂ to [−1, 1] in every step; default: only for models not trained for a number of steps.
     """
     device = next(model.parameters()).device
     ids = torch.arange(num) if noise_ids is None else noise_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class UNetConfig:
     guidance_input: bool = False
     """Whether guidance strength w is an input."""
 
+    input_mult: int | None = None
+    """Width after the first convolution, in units of channels (1 in DDPM++); None: that of the first level."""
     scale_shift: bool = True
     """The embedding scales and shifts after the second norm (ADM), or is added before it (DDPM)."""
     resample: Literal["block", "conv", "conv-asymmetric"] = "block"
@@ -71,7 +73,9 @@ class UNetConfig:
 
 
 PRESETS: dict[str, UNetConfig] = {
-    "digits": UNetConfig((8, 8), 1, 10, channels=32, channel_mult=(1, 1), blocks=1, middle_attention=False),
+    "digits": UNetConfig(
+        (8, 8), 1, 10, channels=32, channel_mult=(1, 1), blocks=1, resample="conv", middle_attention=False
+    ),
     "fashion-mnist": UNetConfig(
         (32, 32), 1, 10, channels=32, channel_mult=(1, 2, 2), blocks=1, patch_size=2, resample="conv",
         middle_attention=False,
@@ -123,9 +127,10 @@ class UNet(nn.Module):
         levels = [width * mult for mult in config.channel_mult]
         heights = [config.height(level) for level in range(len(levels))]
         in_channels = config.image_channels * config.patch_size**2
-        self.conv_in = nn.Conv2d(in_channels, levels[0], 3, padding=1)
+        channels = levels[0] if config.input_mult is None else width * config.input_mult
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        skips, channels = [levels[0]], levels[0]
+        skips = [channels]
         for level, (out, height) in enumerate(zip(levels, heights, strict=True)):
             for _ in range(config.blocks):
                 self.encoder.append(Stage(config, channels, out, attention=height in config.attention_resolutions))
@@ -286,7 +291,7 @@ class GroupNorm(nn.Module):
 def sinusoids(values: Tensor, width: int, *, endpoint: bool) -> Tensor:
     """(B, width): cosines, then sines, of `values` at width/2 frequencies from 1 down to 1e-4."""
     half = width // 2
-    exponent = torch.arange(half, device=values.device, dtype=torch.float32) / (half - (1 if endpoint else 0))
+    exponent = torch.arange(half, device=values.device, dtype=torch.float32) / max(1, half - (1 if endpoint else 0))
     phase = values[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
@@ -316,20 +321,22 @@ def _zeroed(module: nn.Module) -> nn.Module:
 
 
 def _check(config: UNetConfig) -> None:
-    factor = config.patch_size * 2 ** (len(config.channel_mult) - 1)
+    levels = len(config.channel_mult)
+    if min(config.patch_size, levels, *config.channel_mult, 1 if config.input_mult is None else config.input_mult) <= 0:
+        raise ValueError("patch_size, input_mult and every channel_mult must be positive, and channel_mult not empty")
+    factor = config.patch_size * 2 ** (levels - 1)
     if any(size <= 0 or size % factor for size in config.image_size):
         raise ValueError(
             f"an image of {config.image_size[0]}×{config.image_size[1]} pixels does not divide by {factor}, "
-            f"as {len(config.channel_mult)} levels on patches of {config.patch_size} need; use fewer levels or pad them"
+            f"as {levels} levels on patches of {config.patch_size} need; use fewer levels or pad them"
         )
     if config.channels % 2 or min(config.channels, config.blocks, config.image_channels) <= 0:
         raise ValueError("channels must be even, and channels, blocks and image_channels positive")
-    widths = {config.channels * mult for mult in config.channel_mult}
-    if config.head_width and any(width % config.head_width for width in widths if _attends(config, width)):
-        raise ValueError(f"head width {config.head_width} does not divide the attention's channels {sorted(widths)}")
-
-
-def _attends(config: UNetConfig, width: int) -> bool:
-    at = {config.channels * m: config.height(i) for i, m in enumerate(config.channel_mult)}
-    middle = config.middle_attention and width == config.channels * config.channel_mult[-1]
-    return middle or at[width] in config.attention_resolutions
+    for name, hint in get_type_hints(UNetConfig).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(get_args(hint))}")
+    attending = {level for level in range(levels) if config.height(level) in config.attention_resolutions}
+    attending |= {levels - 1} if config.middle_attention else set()
+    widths = sorted({config.channels * config.channel_mult[level] for level in attending})
+    if config.head_width and any(width % config.head_width for width in widths):
+        raise ValueError(f"head width {config.head_width} does not divide the attention's channels {widths}")

@@ -20,10 +20,8 @@ SMALL = UNetConfig(
 
 # Counted once and written down. ADM's ImageNet-64 network is published with 296 million parameters, progressive
 # distillation's CIFAR-10 network with about 60; a null label's row is ours.
-PARAMETERS = {"digits": 337_057, "fashion-mnist": 3_162_209, "cifar10": 60_015_363, "imagenet64": 295_900_035}
-FORWARD_FLOPS = {
-    "digits": 16_859_136, "fashion-mnist": 922_492_928, "cifar10": 35_794_714_624, "imagenet64": 219_313_569_792,
-}  # fmt: skip
+PARAMETERS = {"cifar10": 60_015_363, "imagenet64": 295_900_035}
+FORWARD_FLOPS = {"cifar10": 35_794_714_624, "imagenet64": 219_313_569_792}
 
 
 def randomise(net: torch.nn.Module, only: str = "", seed: int = 0) -> torch.nn.Module:
@@ -55,7 +53,9 @@ def inputs(config: UNetConfig, batch: int = 2, seed: int = 0) -> tuple:
 @st.composite
 def configs(draw) -> UNetConfig:
     levels = draw(st.integers(1, 3))
-    size = tuple(draw(st.integers(1, 3)) * 2 ** (levels - 1) for _ in range(2))
+    patch = draw(st.sampled_from((1, 1, 2, 3)))
+    size = tuple(draw(st.integers(1, 3)) * patch * 2 ** (levels - 1) for _ in range(2))
+    heights = [size[0] // patch >> level for level in range(levels)]
     channels = 2 * draw(st.integers(2, 6))
     mult = tuple(draw(st.lists(st.integers(1, 3), min_size=levels, max_size=levels)))
     common = math.gcd(*(channels * m for m in mult))
@@ -66,8 +66,9 @@ def configs(draw) -> UNetConfig:
         channels=channels,
         channel_mult=mult,
         blocks=draw(st.integers(1, 2)),
-        attention_resolutions=tuple(sorted(draw(st.sets(st.sampled_from([size[0] >> i for i in range(levels)]))))),
+        attention_resolutions=tuple(sorted(draw(st.sets(st.sampled_from(heights))))),
         head_width=draw(st.sampled_from([None] + [d for d in range(1, common + 1) if common % d == 0])),
+        patch_size=patch,
         dropout=draw(st.sampled_from((0.0, 0.1))),
         guidance_input=draw(st.booleans()),
         scale_shift=draw(st.booleans()),
@@ -84,7 +85,7 @@ def configs(draw) -> UNetConfig:
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_presets_have_the_published_sizes(name):
     config = PRESETS[name]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -233,14 +234,30 @@ def test_attention_resolutions_are_heights():
     assert not any(s.attention for s in make(replace(config, attention_resolutions=(16,))).encoder)
 
 
-def test_output_is_channels_last_whatever_the_input_is():
-    net, (z, *rest) = make(SMALL), inputs(SMALL)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_output_is_channels_last_whatever_the_input_is(patch_size):
+    config = replace(SMALL, patch_size=patch_size)
+    net, (z, *rest) = make(config), inputs(config)
     with torch.no_grad():
         plain, last = net(z, *rest), net(z.contiguous(memory_format=torch.channels_last), *rest)
     assert z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last)
     for out in (plain, last):
         assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
     assert torch.equal(plain, last)
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    config = replace(SMALL, image_size=(8, 12), patch_size=2, attention_resolutions=(4,))
+    net = make(config)
+    inner = make(replace(config, image_size=(4, 6), image_channels=12, patch_size=1), seed=1)
+    inner.load_state_dict(net.state_dict())
+    z, *rest = inputs(config)
+    patches = z.unflatten(3, (6, 2)).unflatten(2, (4, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    with torch.no_grad():
+        out, small = net(z, *rest), inner(patches, *rest)
+    expected = small.unflatten(1, (3, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    assert out.shape == z.shape
+    torch.testing.assert_close(out, expected)
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
@@ -312,6 +329,8 @@ def test_sinusoids_of_the_smallest_width_are_finite(endpoint):
         ({"image_size": (30, 32), "channel_mult": (1, 2, 2)}, "30×32 pixels does not divide by 4.*3 levels"),
         ({"image_size": (32, 34), "channel_mult": (1, 2, 2)}, "32×34 pixels does not divide by 4"),
         ({"image_size": (0, 32)}, "0×32"),
+        ({"image_size": (4, 8), "channel_mult": (1, 2), "patch_size": 4}, "4×8 pixels does not divide by 8"),
+        ({"patch_size": 0}, "patch_size"),
         ({"channels": 7}, "channels must be even"),
         ({"channels": 0}, "positive"),
         ({"blocks": 0}, "positive"),
@@ -345,3 +364,16 @@ def test_unknown_choices_are_refused(field):
 def test_a_network_without_levels_is_refused():
     with pytest.raises(ValueError, match="channel_mult"):
         UNet(replace(SMALL, channel_mult=()))
+
+
+def test_edm_cifar10_architecture_has_its_published_size():
+    """EDM's DDPM++ for CIFAR-10: 128 channels, [2, 2, 2], 4 blocks, and an input convolution of 128 channels."""
+    config = UNetConfig(
+        (32, 32), 3, channels=128, channel_mult=(2, 2, 2), blocks=4, attention_resolutions=(16,), head_width=None,
+        input_mult=1, scale_shift=False, resample_skip_conv=True, residual_scale=0.5**0.5, eps=1e-6,
+        decoder_attention="last", label_before_mlp=True, time_endpoint=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = UNet(config)
+    assert network.conv_in.out_channels == 128
+    assert sum(p.numel() for p in network.parameters()) == 55_732_739
