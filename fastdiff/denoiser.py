@@ -143,7 +143,8 @@ class Guided(nn.Module):
         output = self.denoiser.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None)
         conditional, unconditional = output.chunk(2)
         coef_z, coef_f = self.denoiser.velocity_coefficients(angle)
-        return Affine(conditional, coef_z, coef_f * (1 + guidance), unconditional, -coef_f * guidance)
+        w = guidance.double()  # 1 + w loses digits in float32, and the coefficient may be large
+        return Affine(conditional, coef_z, coef_f * (1 + w), unconditional, -coef_f * w)
 
     def forward(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
         return self.affine(z, angle, label, guidance).apply(z)

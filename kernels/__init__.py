@@ -50,14 +50,26 @@ def affine_update(
     _check_coefficients("affine_update", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, coef_noise=coef_noise)
     if (b is None) != (coef_b is None):
         raise ValueError("affine_update: b and coef_b go together; give both or neither")
-    if coef_noise is not None and (seed is None or sample_ids is None):
-        raise ValueError("affine_update: coef_noise needs seed and sample_ids")
-    if clip is not None and not isinstance(clip, Clip):
-        clip = Clip(clip)
+    if coef_noise is not None:
+        if seed is None or sample_ids is None:
+            raise ValueError("affine_update: coef_noise needs seed and sample_ids")
+        _check_ids("affine_update", z.shape, sample_ids)
+    if clip is not None:
+        clip = _checked_clip(clip, z)
     return implementation("affine_update", z)(
         z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, coef_noise=coef_noise, seed=seed,
         sample_ids=sample_ids, step=step, out_dtype=out_dtype,
     )  # fmt: skip
+
+
+def _checked_clip(clip: float | Tensor | Clip, z: Tensor) -> Clip:
+    clip = clip if isinstance(clip, Clip) else Clip(clip)
+    if (clip.coef_z is None) != (clip.coef_x is None):
+        raise ValueError("affine_update: clip's coef_z and coef_x go together; give both or neither")
+    limit = clip.limit if isinstance(clip.limit, Tensor) else None
+    coefficients = {"clip.limit": limit, "clip.coef_z": clip.coef_z, "clip.coef_x": clip.coef_x}
+    _check_coefficients("affine_update", z, **coefficients)
+    return clip
 
 
 def guided_step(z, v_cond, v_uncond, guidance, angle_from, angle_to, *, clip=None) -> Tensor:
@@ -91,7 +103,8 @@ def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, kee
         coef_z, coef_v = torch.cos(start), -torch.sin(start)
     if v_uncond is None:
         return affine_update(z, v_cond, coef_z=coef_z, coef_a=coef_v, clip=clip, **noise)
-    coef_a, coef_b = coef_v * (1 + guidance), -coef_v * guidance
+    w = guidance.to(coef_v.dtype)
+    coef_a, coef_b = coef_v * (1 + w), -coef_v * w
     return affine_update(z, v_cond, v_uncond, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, **noise)
 
 
@@ -112,6 +125,8 @@ def affine_regression_loss(
     """
     _check_images("affine_regression_loss", prediction=prediction, z=z, a=a, b=b)
     _check_coefficients("affine_regression_loss", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight)
+    if (b is None) != (coef_b is None):
+        raise ValueError("affine_regression_loss: b and coef_b go together; give both or neither")
     z, a, b = (t if t is None else t.detach() for t in (z, a, b))
     return implementation("affine_regression_loss", prediction)(
         prediction, z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight

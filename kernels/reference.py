@@ -125,4 +125,4 @@ def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     radius = torch.sqrt(-2 * torch.log(uniform[:, 0::2]))  # Box–Muller
     turn = 2 * math.pi * uniform[:, 1::2]
     normal = torch.stack((radius * torch.cos(turn), radius * torch.sin(turn)), dim=-1)
-    return normal.flatten(1)[:, :elements].reshape(shape)
+    return normal.flatten(1)[:, :elements].reshape(shape).contiguous()

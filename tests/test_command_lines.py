@@ -168,6 +168,20 @@ def test_missing_option(run, name):
     assert result.code == 2 and "required" in result.err
 
 
+def test_a_command_line_may_be_empty(monkeypatch):
+    """As `python -m train.demo` is, where every option has a default."""
+    given = []
+
+    @dataclass(frozen=True)
+    class Options:
+        number: int = 3
+
+    for presets in (None, {"large": {"number": 5}}):
+        monkeypatch.setattr(sys, "argv", ["command"])
+        cli.run(given.append, Options, presets)
+    assert [options.number for options in given] == [3, 3]
+
+
 @pytest.mark.parametrize("arguments", [["--preset", "cifar10"], ["--preset=cifar10"]])
 def test_a_presets_help_shows_its_values(run, arguments):
     for name, updates in (("teacher", 800_000), ("stage1", 100_000), ("stage2", 50_000)):

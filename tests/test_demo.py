@@ -1,4 +1,4 @@
-"""The demo from end to end with networks and times that are far too small: all files are there, and nothing is redone."""
+"""The demo from end to end, with far too small a network and time: all files are there, and nothing is redone."""
 
 import json
 
