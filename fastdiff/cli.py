@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ def _with_defaults(options: type, values: Mapping[str, Any]) -> type:
 
 
 def _preset_name(arguments: list[str]) -> str | None:
-    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, following in itertools.pairwise([*arguments, ""]):
         if here == "--preset":
             return following
         if here.startswith("--preset="):

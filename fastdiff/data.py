@@ -4,6 +4,8 @@
 `to_uint8` are the only two places where pixels change between bytes and [-1, 1].
 """
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import io
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from fastdiff.errors import UserError
 
-__all__ = ["Batch", "Batches", "Dataset", "load", "to_float", "to_uint8"]
+__all__ = ["Batch", "Batches", "Dataset", "NoSplitError", "load", "to_float", "to_uint8"]
 
 _ACCEPTED = (
     "'digits', 'mnist', 'fashion-mnist', 'cifar10', a folder of IDX files, a folder of CIFAR-10 batches or "
@@ -170,6 +172,10 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return pixels.nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
+class NoSplitError(UserError):
+    """The data set is there, but has no such split."""
+
+
 class Batch(NamedTuple):
     """One training batch."""
 
@@ -265,9 +271,9 @@ def _numbered(num_classes: int) -> tuple[str, ...]:
     return tuple(str(label) for label in range(num_classes))
 
 
-def _no_split(split: str, source: str | Path, available: Iterable[str], reason: str = "") -> UserError:
+def _no_split(split: str, source: str | Path, available: Iterable[str], reason: str = "") -> NoSplitError:
     choices = ", ".join(repr(name) for name in available) or "another data set"
-    return UserError(f"{source} has no split {split!r}{reason}: use {choices}")
+    return NoSplitError(f"{source} has no split {split!r}{reason}: use {choices}")
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:

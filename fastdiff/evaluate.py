@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdiff import cli, data, metrics
 from fastdiff.denoiser import require_fit
+from fastdiff.errors import UserError
 from fastdiff.sample import SamplingOptions, check_guidance, check_output, generate
 
 
@@ -107,6 +108,8 @@ class Options(SamplingOptions):
 
 def main(options: Options) -> None:
     """Score a checkpoint against a data set."""
+    if options.num == 1:
+        raise UserError("--num 1: a score needs at least 2 images")
     model, steps = options.model()
     for guidance in options.guidance:
         check_guidance(model, guidance)

@@ -129,9 +129,10 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
 
     Raises UserError for a data set without labels.
     """
-    train, test = _train_and_test(spec)
+    train = data.load(spec, "train")
     if train.num_classes < 2:
         raise UserError(f"--data {spec}: scores need a data set with labels, to train the feature extractor on")
+    train, test = _train_and_test(spec, train)
     cache = cache or Path(os.environ.get("FASTDIFF_CACHE", "~/.cache/fastdiff")).expanduser() / "features"
     path = cache / f"classifier1-{train.name}-{train.fingerprint}.safetensors"
     network = Classifier(train.shape[0], train.shape[1], train.num_classes)
@@ -142,13 +143,13 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
     return Extractor(f"classifier1/{train.name}", network.eval().to(device), accuracy)
 
 
-def _train_and_test(spec: str) -> tuple[data.Dataset, data.Dataset]:
-    """A data set's splits; every tenth training image is held out where it has no test split."""
-    train = data.load(spec, "train")
+def _train_and_test(spec: str, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
+    """A data set's splits; a tenth of the training images is held out where it has no test split."""
     try:
         return train, data.load(spec, "test")
-    except UserError:
-        held = torch.arange(len(train)).numpy() % 10 == 9
+    except data.NoSplitError:
+        period = min(10, len(train))
+        held = torch.arange(len(train)).numpy() % period == period - 1
         return tuple(replace(train, images=train.images[part], labels=train.labels[part]) for part in (~held, held))
 
 

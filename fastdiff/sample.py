@@ -83,8 +83,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        check_device(self.device)
         denoiser = checkpoint.load(self.checkpoint, device=self.device)
         trained = denoiser.config.steps
         if self.steps is not None and trained is not None and self.steps != trained:
@@ -143,6 +142,18 @@ def main(options: Options) -> None:
         f"{options.num} images in {steps} {options.sampler} steps, {calls:g} network calls an image, "
         f"{options.num / seconds:.1f} images/s -> {options.out}"
     )
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that PyTorch does not know or see."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: PyTorch knows no such device; use cuda or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
 
 
 def check_guidance(model: nn.Module, guidance: float) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -187,12 +188,42 @@ def test_extractor_of_other_data_is_another(small_data, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_data_without_labels_have_no_extractor(tmp_path):
+@pytest.mark.parametrize("count", [3, 12])
+def test_data_without_labels_have_no_extractor(tmp_path, count):
     (tmp_path / "images").mkdir()
-    for index in range(3):
-        Image.new("L", (8, 8), 80 * index).save(tmp_path / "images" / f"{index}.png")
+    for index in range(count):
+        Image.new("L", (8, 8), 20 * index).save(tmp_path / "images" / f"{index}.png")
     with pytest.raises(UserError, match="labels"):
         metrics.load_extractor(str(tmp_path / "images"))
+
+
+def write_idx(folder, **arrays):
+    folder.mkdir()
+    for name, array in arrays.items():
+        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        kind = f"{name.replace('_', '-')}-idx{array.ndim}-ubyte"
+        (folder / kind).write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def test_without_a_test_split_a_part_of_the_training_data_is_held_out(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "_train", lambda network, train, test: seen.append((train, test)) or 0.5)
+    labels = np.arange(30) % 3
+    write_idx(tmp_path / "mine", train_images=labels[:, None, None].repeat(8, 1).repeat(8, 2), train_labels=labels)
+    metrics.load_extractor(str(tmp_path / "mine"), cache=tmp_path / "cache")
+    ((train, test),) = seen
+    assert len(train) + len(test) == 30 and 0 < len(test) < len(train)
+    assert all((part.images[:, 0, 0, 0] == part.labels).all() for part in (train, test))
+
+
+def test_a_damaged_test_split_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_train", lambda *args: 0.5)
+    images, labels = np.zeros((20, 8, 8)), np.arange(20) % 2
+    write_idx(tmp_path / "mine", train_images=images, train_labels=labels, t10k_images=images, t10k_labels=labels)
+    path = tmp_path / "mine" / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=path.name):
+        metrics.load_extractor(str(tmp_path / "mine"), cache=tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

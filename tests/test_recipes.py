@@ -161,8 +161,8 @@ def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits):
     made = checkpoint.load(random_teacher)
     student = stage1.train(
         stage1.Options(
-            out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, updates=60, warmup=0, ema=0.9,
-            batch_size=32, lr=1e-2, device="cpu",
+            out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, updates=80, warmup=0, ema=0.9,
+            batch_size=32, lr=5e-3, device="cpu",
         )
     )  # fmt: skip
     stream = data.Batches(data.load("digits", "test"), 128, seed=7)
@@ -355,3 +355,12 @@ def test_unconditional_data_go_from_the_teacher_to_stage2(tmp_path):
     assert last.config.guidance_range is None and last.config.steps == 1 and last.num_classes == 0
     images = next(generate(with_guidance(last), num=3, steps=1))
     assert images.shape == (3, 3, 8, 8) and images.isfinite().all()
+
+
+def test_a_run_cannot_replace_its_own_teacher(runs):
+    stage1_run = runs.stage1
+    options = stage2.Options(out=stage1_run, teacher=stage1_run, batch_size=16, overwrite=True, device="cpu")
+    before = sorted(p.name for p in stage1_run.rglob("*"))
+    with pytest.raises(UserError, match="holds the teacher"):
+        stage2.train(options)
+    assert sorted(p.name for p in stage1_run.rglob("*")) == before

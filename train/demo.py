@@ -50,8 +50,10 @@ class Options:
 
 def main(options: Options) -> None:
     """Teacher, stage 1, stage 2, scores and pictures on the embedded data set."""
-    if options.minutes <= 0 or options.num <= 1:
-        raise UserError(f"--minutes and --num must be positive, got {options.minutes:g} and {options.num}")
+    if not options.minutes > 0:
+        raise UserError(f"--minutes must be positive, got {options.minutes:g}")
+    if options.num < 2:
+        raise UserError(f"--num {options.num}: a score needs at least 2 images")
     if options.preset not in ("digits", "fashion-mnist"):
         raise UserError(f"unknown preset {options.preset!r} of the demo; known: digits, fashion-mnist")
     clock = Clock(60 * options.minutes)

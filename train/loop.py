@@ -25,7 +25,7 @@ from fastdiff import checkpoint, data, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.distill import Batch
 from fastdiff.errors import UserError
-from fastdiff.sample import generate
+from fastdiff.sample import check_device, generate
 
 WATCH_EVERY = 10  # updates between looks at whether the loss is still finite; each look waits for the device
 MAY_CHANGE = {
@@ -107,19 +107,20 @@ class LoopOptions:
     def check(self) -> None:
         """Raises UserError for options that make no sense."""
         for name in ("updates", "batch_size", "accumulate", "lr", "save_every", "log_every", "keep"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "clip_norm", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema must be in [0, 1), got {self.ema}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: choose one")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        check_device(self.device)
 
 
 class Updater:
@@ -138,7 +139,7 @@ class Updater:
             self.parameters, lr=options.lr, weight_decay=options.weight_decay,
             fused=True if self.device.type in ("cpu", "cuda") else None,
         )  # fmt: skip
-        self.update_count = 0
+        self.update_count = self.logged_at = 0
         self.loss_sum = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -158,14 +159,15 @@ class Updater:
                 loss = self.loss(self.denoiser, part).mean() / options.accumulate
             loss.backward()
             self.loss_sum += loss.detach()
-            is_new = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-            self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm or float("inf"))
+        is_new = ~torch.isfinite(self.loss_sum + self.grad_norm) & (self.first_bad < 0)
+        self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if options.ema:
             decay = min(options.ema, (1 + self.update_count) / (10 + self.update_count))
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.denoiser.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.denoiser.parameters()), 1 - decay)
         self.update_count += 1
 
     def check_finite(self) -> None:
@@ -195,7 +197,9 @@ class Updater:
         for name, parameter in self.denoiser.network.named_parameters():
             state = _under(tensors, f"optimizer/{name}/")
             self.optimizer.state[parameter] = {
-                key: value if key == "step" and self.device.type != "cuda" else value.to(self.device)
+                key: value.to(self.device if self.device.type == "cuda" else "cpu")
+                if key == "step"
+                else torch.empty_like(parameter).copy_(value)  # in the parameter's own memory layout
                 for key, value in state.items()
             }
         torch.set_rng_state(tensors["random/cpu"])
@@ -234,8 +238,9 @@ def fit(denoiser: Denoiser, loss: Loss, dataset: data.Dataset, options: LoopOpti
         if n % options.log_every == 0 or last:
             seconds = time.perf_counter() - logged_time
             speed = (n - logged_at) * options.batch_size / seconds
-            _log(updater, options, name, n - logged_at, speed, bar)
-            logged_at, logged_time = n, time.perf_counter()
+            _log(updater, options, name, n - updater.logged_at, speed, bar)
+            updater.logged_at = logged_at = n
+            logged_time = time.perf_counter()
         if n % options.save_every == 0 or last:
             updater.check_finite()
             _save(updater, batches, options, name)
@@ -278,6 +283,9 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
 def prepare(options: LoopOptions, dataset: data.Dataset) -> None:
     """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
     out = options.out
+    teacher = getattr(options, "teacher", None)
+    if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
+        raise UserError(f"--out {out} holds the teacher {teacher}: choose another --out")
     description = describe(options, dataset)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         previous = _previous_options(out)
@@ -405,7 +413,7 @@ def _log(updater: Updater, options: LoopOptions, name: str, updates: int, speed:
 
 
 def _save(updater: Updater, batches: data.Batches, options: LoopOptions, name: str) -> None:
-    state = {"run": name, "update": updater.update_count, "data": batches.state()}
+    state = {"run": name, "update": updater.update_count, "logged_at": updater.logged_at, "data": batches.state()}
     checkpoint.save(
         options.out / f"{checkpoint.PREFIX}{updater.update_count:07d}", updater.averaged, state=state,
         state_tensors=updater.tensors(),
@@ -419,16 +427,23 @@ def _resume(updater: Updater, batches: data.Batches, options: LoopOptions, name:
     if newest is None:
         return
     state, tensors = checkpoint.load_state(newest)
-    if state["run"] == name:
+    if state["run"] != name:
+        for old in options.out.glob(f"{checkpoint.PREFIX}*"):
+            shutil.rmtree(old)
+    else:
         updater.restore(tensors, state["update"])
+        updater.logged_at = state.get("logged_at", state["update"])
         batches.restore(state["data"])
 
 
 def _previous_options(out: Path) -> dict:
     try:
-        return json.loads((out / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{out} is not empty and holds no run of fastdiff: choose another --out") from None
+        previous = json.loads((out / "config.json").read_text())
+        if previous.keys() >= {"options", "data_fingerprint"}:
+            return previous
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{out} is not empty and holds no run of fastdiff: choose another --out")
 
 
 def _check_same(previous: dict, now: dict) -> None:
