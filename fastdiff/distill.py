@@ -70,33 +70,50 @@ def teacher(denoiser: Denoiser, batch: Batch, *, label_drop: float = 0.1, weight
 
 
 def stage1(
-    student: Denoiser, teacher: nn.Module, batch: Batch, *, guidance_range: tuple[float, float], weight: str = "snr"
-) -> Tensor:
-    """The student's velocity against the guided teacher's at the same (z, t, w); t ~ U[0, 1] ([GD] algorithm 1)."""
+    student: Denoiser, teacher: nn.Module, batch: Batch, *, guidance_range: tuple[float, float], weight: str = "snr",
+    clip: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The student's velocity against the guided teacher's at the same (z, t, w); t ~ U[0, 1] ([GD] algorithm 1).
+
+    clip: limit on the teacher's x̂, as in its sampler; strong guidance drives x̂ far outside the data's range.
+    """
     angle = student.schedule.angle(batch.uniform(TIME))
     z, _ = batch.noised(angle)
     w = batch.guidance(guidance_range)
     with torch.no_grad():
         v = teacher.affine(z, angle, batch.label, w)
-    return _regression(student, z, angle, batch.label, w, Target(v.coef_z, v.a, v.coef_a, v.b, v.coef_b), weight)
+        if clip is None:
+            target = Target(v.coef_z, v.a, v.coef_a, v.b, v.coef_b)
+        else:
+            target = Target(None, v.clipped(z, angle, clip), torch.ones_like(angle), None, None)
+    return _regression(student, z, angle, batch.label, w, target, weight)
 
 
 def stage2(
     student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
-    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
+    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc", clip: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2)."""
+    """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2).
+
+    clip: limit on the teacher's x̂ in both steps. The student's target is a convex combination of the two x̂, so it keeps
+    to the same limit.
+    """
     index = torch.floor(batch.uniform(TIME) * steps) + 1  # (B,) in 1..N
     a, m, e = (student.schedule.angle((index - back) / steps) for back in (0, 0.5, 1))
     e = torch.where(index == 1, 0.0, e)
     z, _ = batch.noised(a)
     w = batch.guidance(guidance_range)
     with torch.no_grad():
-        v1 = velocity(teacher, z, a, batch.label, w).apply(z)
+        v1 = _teacher_velocity(teacher, z, a, batch.label, w, clip)
         z1 = rotation.rotate(z, v1, a - m)
-        v2 = velocity(teacher, z1, m, batch.label, w).apply(z1)
+        v2 = _teacher_velocity(teacher, z1, m, batch.label, w, clip)
     c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
     return _regression(student, z, a, batch.label, w, Target(c_z, v1, c_1, v2, c_2), weight)
+
+
+def _teacher_velocity(teacher: Model, z, angle, label, guidance, clip: float | None) -> Tensor:
+    v = velocity(teacher, z, angle, label, guidance)
+    return v.apply(z) if clip is None else v.clipped(z, angle, clip)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Reference:
 
 def evaluate(
     model: nn.Module, reference: Reference, *, name: str, guidance: float, steps: int, num: int, sampler: str = "ddim",
-    seed: int = 0, batch_size: int = 256, clip: bool | None = None, precision: str = "fp32",
+    seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
 ) -> dict:  # fmt: skip
     """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
     labels = None

@@ -28,7 +28,18 @@ class Affine(NamedTuple):
     coef_b: Tensor | None = None
 
     def apply(self, z: Tensor) -> Tensor:
+        """The velocity."""
         return kernels.affine_update(z, self.a, self.b, coef_z=self.coef_z, coef_a=self.coef_a, coef_b=self.coef_b)
+
+    def clipped(self, z: Tensor, angle: Tensor, limit: float) -> Tensor:
+        """The velocity (cos φ·z − x)/sin φ that belongs to x = clip(x̂)."""
+        angle = angle.double()
+        sin, cos = torch.sin(angle), torch.cos(angle)
+        return kernels.affine_update(
+            z, self.a, self.b, coef_z=cos - sin * self.coef_z, coef_a=-sin * self.coef_a,
+            coef_b=None if self.coef_b is None else -sin * self.coef_b,
+            clip=kernels.Clip(limit, cos / sin, -1 / sin),
+        )  # fmt: skip
 
 
 def _combine(z: Tensor, v: Tensor, coef_z: Tensor, coef_v: Tensor) -> Tensor:

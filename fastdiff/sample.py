@@ -30,19 +30,18 @@ INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later str
 def generate(
     model: nn.Module, *, num: int, labels: Tensor | None = None, noise_ids: Tensor | None = None,
     guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", seed: int = 0,
-    batch_size: int = 256, clip: bool | None = None, precision: str = "fp32",
+    batch_size: int = 256, clip: bool = True, precision: str = "fp32",
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
     labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
     int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
-    clip: limit x̂ to [−1, 1] in every step; default: only for models not trained for a number of steps.
+    clip: limit x̂ to [−1, 1] in every step.
     """
     device = next(model.parameters()).device
     ids = torch.arange(num) if noise_ids is None else noise_ids
     if labels is None and model.num_classes:
         labels = torch.arange(num) % model.num_classes
-    clip = model.config.steps is None if clip is None else clip
     for start in range(0, num, batch_size):
         part = slice(start, start + batch_size)
         here = ids[part].to(device)
@@ -67,8 +66,8 @@ class SamplingOptions:
     steps: int | None = None
     """Sampling steps; default: what the checkpoint was trained for, 64 for teachers."""
     sampler: Literal["ddim"] = "ddim"
-    clip: bool | None = None
-    """Clip predicted images to [−1, 1] in every step; default: for models not trained for a number of steps."""
+    clip: bool = True
+    """Limit the predicted image to [−1, 1] in every step."""
     seed: int = 0
     batch_size: int = 256
     """Images at a time; the images do not depend on it."""

@@ -24,7 +24,7 @@ from train import loop, stage1, stage2, teacher
 GUIDANCE = (0.0, 1.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
 STUDENT_STEPS = (8, 4, 2, 1)
-SHARES = {"teacher": 0.36, "stage1": 0.16, "stage2": 0.48}  # of the time for training
+SHARES = {"teacher": 0.30, "stage1": 0.22, "stage2": 0.48}  # of the time for training
 RESERVE = 0.08  # of all time, for what was measured too fast
 ROUND_UNITS = 2.0  # a round of stage 2 with N ≤ 2 steps lasts as long as two others
 TIMED_STEPS = 1024

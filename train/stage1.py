@@ -21,13 +21,15 @@ class Options(loop.LoopOptions):
     guidance_range: tuple[float, float] = (0.0, 4.0)
     """Guidance strengths w to learn; twice the same number makes a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
+    clip: bool = True
+    """Limit the teacher's x̂ to [−1, 1], as the samplers do."""
     lr: float = 1e-3
     ema: float = 0.999
 
 
 PRESETS = {
     "digits": {},
-    "fashion-mnist": {"batch_size": 128, "data": "fashion-mnist", "updates": 10_000, "lr": 5e-4},
+    "fashion-mnist": {"data": "fashion-mnist", "updates": 10_000},
     "cifar10": {
         "batch_size": 128,
         "data": "cifar10", "flip": True, "updates": 100_000, "lr": 1e-4, "dropout": 0.0, "precision": "bf16",
@@ -76,7 +78,10 @@ def train(options: Options) -> Denoiser | None:
     guided = Guided(teacher.requires_grad_(False))
 
     def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
-        return distill.stage1(model, guided, batch, guidance_range=options.guidance_range, weight=options.weight)
+        return distill.stage1(
+            model, guided, batch, guidance_range=options.guidance_range, weight=options.weight,
+            clip=1.0 if options.clip else None,
+        )  # fmt: skip
 
     return loop.fit(student, loss, dataset, options, name="stage1")
 

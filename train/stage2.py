@@ -29,13 +29,15 @@ class Options(loop.LoopOptions):
     """Updates a round."""
     last_updates: int | None = None
     """Updates of the rounds with 2 steps and with 1; default: twice those of the others."""
+    clip: bool = True
+    """Limit the teacher's x̂ to [−1, 1], as the samplers do."""
     lr: float = 1e-3
-    warmup: int = 0
+    warmup: int = 20
 
 
 PRESETS = {
     "digits": {},
-    "fashion-mnist": {"batch_size": 128, "data": "fashion-mnist", "start_steps": 256, "updates": 4000, "lr": 3e-4},
+    "fashion-mnist": {"data": "fashion-mnist", "start_steps": 256, "updates": 4000, "lr": 5e-4},
     "cifar10": {
         "batch_size": 128,
         "data": "cifar10", "flip": True, "start_steps": 1024, "updates": 50_000, "last_updates": 100_000, "lr": 1e-4,
@@ -108,8 +110,9 @@ def _fit_round(teacher: Denoiser, steps: int, dataset: data.Dataset, options: Op
 
     def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
         return distill.stage2(
-            model, teacher, batch, steps=steps, guidance_range=teacher.config.guidance_range, weight=options.weight
-        )
+            model, teacher, batch, steps=steps, guidance_range=teacher.config.guidance_range, weight=options.weight,
+            clip=1.0 if options.clip else None,
+        )  # fmt: skip
 
     options = replace(options, updates=round_updates(options, steps))
     return loop.fit(student, loss, dataset, options, name=f"steps-{steps}")
