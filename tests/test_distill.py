@@ -567,3 +567,38 @@ def test_strengths_fill_their_range(limits):
 
 def test_no_range_is_no_strength():
     assert numbers(3).guidance(None) is None
+
+
+def _saturating(z, angle, label, guidance):
+    """A velocity whose x̂ = cos φ·z − sin φ·v is 3 everywhere."""
+    cos, sin = torch.cos(angle)[:, None, None, None], torch.sin(angle)[:, None, None, None]
+    return (cos * z - 3) / sin
+
+
+def test_a_clipped_teacher_is_the_clipped_sampler():
+    """Two clipped DDIM steps and one step along stage 2's target end at the same point, for every i of N."""
+    steps, label = 4, None
+    fine = CosineSchedule()
+    index = torch.arange(1, steps + 1, dtype=torch.float64)
+    a, m, e = (fine.angle((index - back) / steps) for back in (0, 0.5, 1))
+    e = torch.where(index == 1, 0.0, e)
+    z = torch.randn(steps, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.ones_like(z)  # 3, clipped to 1
+    wanted = z
+    for start, end in ((a, m), (m, e)):
+        c_z, c_x = (c[:, None, None, None] for c in rotation.ddim(start, end))
+        wanted = c_z * wanted + c_x * x
+    v1 = distill._teacher_velocity(_saturating, z, a, label, None, 1.0)
+    z1 = rotation.rotate(z, v1, a - m)
+    v2 = distill._teacher_velocity(_saturating, z1, m, label, None, 1.0)
+    c_z, c_1, c_2 = (c[:, None, None, None] for c in rotation.two_step_target(a, m, e))
+    landed = rotation.rotate(z, c_z * z + c_1 * v1 + c_2 * v2, a - e)
+    assert (landed - wanted).norm() / wanted.norm() < 1e-12
+    assert rotation.x_from_velocity(z, c_z * z + c_1 * v1 + c_2 * v2, a).abs().max() <= 1 + 1e-12
+
+
+def test_clipping_changes_nothing_where_nothing_is_clipped():
+    z = 0.3 * torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angle = torch.tensor([0.2, 0.8, 1.5], dtype=torch.float64)
+    v = rotation.Affine(0.1 * z, torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    assert torch.allclose(v.clipped(z, angle, 1.0), v.apply(z), rtol=1e-13, atol=1e-13)
