@@ -40,33 +40,23 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
 
 def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int) -> None:
     """Several grids of the same size side by side, each under its title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     pictures = [grid(images, columns=columns) for _, images in panels]
     height, width = pictures[0].shape[:2]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(len(panels) * 3, 3 * height / width + 0.4), squeeze=False)
+    figure, axes = _subplots(len(panels), figsize=(len(panels) * 3, 3 * height / width + 0.4))
     for axis, picture, (title, _) in zip(axes[0], pictures, panels, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     """Fréchet distance against network calls per image, log axes; one panel a guidance strength, one line a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     strengths = sorted({row["guidance"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(strengths), figsize=(4 * len(strengths), 3.4), sharey=True, squeeze=False)
+    figure, axes = _subplots(len(strengths), figsize=(4 * len(strengths), 3.4), sharey=True)
     for axis, strength in zip(axes[0], strengths, strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             points = sorted((r["nfe"], r["fd"]) for r in rows if r["model"] == model and r["guidance"] == strength)
@@ -81,4 +71,11 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+
+def _subplots(columns: int, **options):
+    """A row of axes on a figure that needs no display; matplotlib is imported here because it takes a second."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=options.pop("figsize"))
+    return figure, figure.subplots(1, columns, squeeze=False, **options)

@@ -70,7 +70,7 @@ def main(options: Options) -> None:
     results = {
         "reference": reference.describe(), "rows": rows, "timing": timing, "training": _training(options.out),
         "seconds_of_this_run": round(clock.elapsed()), "torch": torch.__version__, "device": options.device,
-        "cores": os.cpu_count(), "machine": platform.machine(),
+        "cores": os.cpu_count(), "machine": platform.machine(), "peak_memory_gb": _peak_memory_gb(),
     }  # fmt: skip
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "report.md").write_text(report(results, options))
@@ -225,6 +225,9 @@ def report(results: dict, options: Options) -> str:
             lines.append(f"| {model}, {steps} steps | " + " | ".join(cells) + " |")
     lines += [
         "",
+        f"This run: {results['seconds_of_this_run'] / 60:.1f} minutes on {results['cores']} cores ({results['machine']}, "
+        f"{results['device']}), {results['peak_memory_gb']} GB of memory at most.",
+        "",
         f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
         f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student and "
         f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student.",
@@ -276,6 +279,16 @@ def _evaluation_seconds(model: Denoiser, options: Options) -> float:
     calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * sum(STUDENT_STEPS)
     rows = calls * options.num + 2 * TIMED_STEPS * TIMED_BATCH
     return 1.1 * rows * statistics.median(times[1:]) / batch
+
+
+def _peak_memory_gb() -> float | None:
+    """Largest resident memory of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def _training(out: Path) -> list[dict]:
