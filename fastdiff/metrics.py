@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURE_WIDTH, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(images).mean((2, 3))
+        features = self.body(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))
         return features, self.head(features)
 
 
@@ -162,6 +162,7 @@ def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> floa
         for module in network.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+    network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=updates)
     network.train()
