@@ -195,7 +195,8 @@ def _write(path: Path, network: Classifier, accuracy: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
-        save_file(network.state_dict(), beside, metadata={"accuracy": repr(accuracy)})
+        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+        save_file(weights, beside, metadata={"accuracy": repr(accuracy)})
         beside.rename(path)
     except OSError:
         pass  # the cache only saves time
