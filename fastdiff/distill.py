@@ -91,12 +91,12 @@ def stage1(
 
 def stage2(
     student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
-    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc", clip: float | None = None,
+    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
 ) -> Tensor:  # fmt: skip
     """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2).
 
-    clip: limit on the teacher's x̂ in both steps. The student's target is a convex combination of the two x̂, so it keeps
-    to the same limit.
+    The teacher's x̂ is not clipped: its errors around a limit of the range would all come to lie on one side, and each
+    round would add to that bias. The x̂ that the student learns is a convex combination of its teacher's two.
     """
     index = torch.floor(batch.uniform(TIME) * steps) + 1  # (B,) in 1..N
     a, m, e = (student.schedule.angle((index - back) / steps) for back in (0, 0.5, 1))
@@ -104,16 +104,11 @@ def stage2(
     z, _ = batch.noised(a)
     w = batch.guidance(guidance_range)
     with torch.no_grad():
-        v1 = _teacher_velocity(teacher, z, a, batch.label, w, clip)
+        v1 = velocity(teacher, z, a, batch.label, w).apply(z)
         z1 = rotation.rotate(z, v1, a - m)
-        v2 = _teacher_velocity(teacher, z1, m, batch.label, w, clip)
+        v2 = velocity(teacher, z1, m, batch.label, w).apply(z1)
     c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
     return _regression(student, z, a, batch.label, w, Target(c_z, v1, c_1, v2, c_2), weight)
-
-
-def _teacher_velocity(teacher: Model, z, angle, label, guidance, clip: float | None) -> Tensor:
-    v = velocity(teacher, z, angle, label, guidance)
-    return v.apply(z) if clip is None else v.clipped(z, angle, clip)
 
 
 @dataclass(frozen=True)

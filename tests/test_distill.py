@@ -569,32 +569,34 @@ def test_no_range_is_no_strength():
     assert numbers(3).guidance(None) is None
 
 
-def _saturating(z, angle, label, guidance):
-    """A velocity whose x̂ = cos φ·z − sin φ·v is 3 everywhere."""
-    cos, sin = torch.cos(angle)[:, None, None, None], torch.sin(angle)[:, None, None, None]
-    return (cos * z - 3) / sin
+def test_a_clipped_teacher_steps_as_the_clipped_sampler():
+    """Rotating by the clipped velocity lands where a clipped DDIM step does; x̂ = 3 everywhere is clipped to 1."""
+    a, e = torch.tensor([0.3, 1.0, 1.55], dtype=torch.float64), torch.tensor([0.0, 0.4, 1.2], dtype=torch.float64)
+    z = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wild = rotation.Affine((wide(torch.cos(a)) * z - 3) / wide(torch.sin(a)), torch.zeros_like(a), torch.ones_like(a))
+    clipped = wild.clipped(z, a, 1.0)
+    c_z, c_x = rotation.ddim(a, e)
+    torch.testing.assert_close(rotation.rotate(z, clipped, a - e), wide(c_z) * z + wide(c_x) * torch.ones_like(z))
 
 
-def test_a_clipped_teacher_is_the_clipped_sampler():
-    """Two clipped DDIM steps and one step along stage 2's target end at the same point, for every i of N."""
-    steps, label = 4, None
-    fine = CosineSchedule()
-    index = torch.arange(1, steps + 1, dtype=torch.float64)
-    a, m, e = (fine.angle((index - back) / steps) for back in (0, 0.5, 1))
-    e = torch.where(index == 1, 0.0, e)
-    z = torch.randn(steps, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = torch.ones_like(z)  # 3, clipped to 1
-    wanted = z
-    for start, end in ((a, m), (m, e)):
-        c_z, c_x = (c[:, None, None, None] for c in rotation.ddim(start, end))
-        wanted = c_z * wanted + c_x * x
-    v1 = distill._teacher_velocity(_saturating, z, a, label, None, 1.0)
-    z1 = rotation.rotate(z, v1, a - m)
-    v2 = distill._teacher_velocity(_saturating, z1, m, label, None, 1.0)
-    c_z, c_1, c_2 = (c[:, None, None, None] for c in rotation.two_step_target(a, m, e))
-    landed = rotation.rotate(z, c_z * z + c_1 * v1 + c_2 * v2, a - e)
-    assert (landed - wanted).norm() / wanted.norm() < 1e-12
-    assert rotation.x_from_velocity(z, c_z * z + c_1 * v1 + c_2 * v2, a).abs().max() <= 1 + 1e-12
+def test_stage1_learns_the_clipped_teacher():
+    """The loss is that of a student that predicts the clipped velocity: zero for it, and not for the free one."""
+    denoiser = Denoiser(DenoiserConfig(UNetConfig((4, 4), 1, 3, channels=8, channel_mult=(1,), middle_attention=False)))
+    nn.init.constant_(denoiser.network.conv_out.bias, -3.0)  # far outside the range
+    batch = Batch(torch.zeros(6, 1, 4, 4), torch.arange(6) % 3, torch.arange(6), seed=0)
+    angle, w = denoiser.schedule.angle(batch.uniform(distill.TIME)), batch.guidance((0.0, 4.0))
+    z, _ = batch.noised(angle)
+    wanted = Guided(denoiser).affine(z, angle, batch.label, w).clipped(z, angle, 1.0)
+
+    class Student(Denoiser):
+        def network_output(self, *arguments):
+            return wanted
+
+    student = Student(denoiser.config, nn.Identity())
+    free, clipped = (
+        distill.stage1(student, Guided(denoiser), batch, guidance_range=(0.0, 4.0), clip=clip) for clip in (None, 1.0)
+    )
+    assert clipped.max() < 1e-12 and free.max() > 1e-2
 
 
 def test_clipping_changes_nothing_where_nothing_is_clipped():

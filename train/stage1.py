@@ -22,7 +22,7 @@ class Options(loop.LoopOptions):
     """Guidance strengths w to learn; twice the same number makes a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
     clip: bool = True
-    """Limit the teacher's x̂ to [−1, 1], as the samplers do."""
+    """Limit the guided teacher's x̂ to [−1, 1], as its sampler does."""
     lr: float = 1e-3
     ema: float = 0.999
 

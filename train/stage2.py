@@ -29,8 +29,6 @@ class Options(loop.LoopOptions):
     """Updates a round."""
     last_updates: int | None = None
     """Updates of the rounds with 2 steps and with 1; default: twice those of the others."""
-    clip: bool = True
-    """Limit the teacher's x̂ to [−1, 1], as the samplers do."""
     lr: float = 1e-3
     warmup: int = 20
 
@@ -110,9 +108,8 @@ def _fit_round(teacher: Denoiser, steps: int, dataset: data.Dataset, options: Op
 
     def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
         return distill.stage2(
-            model, teacher, batch, steps=steps, guidance_range=teacher.config.guidance_range, weight=options.weight,
-            clip=1.0 if options.clip else None,
-        )  # fmt: skip
+            model, teacher, batch, steps=steps, guidance_range=teacher.config.guidance_range, weight=options.weight
+        )
 
     options = replace(options, updates=round_updates(options, steps))
     return loop.fit(student, loss, dataset, options, name=f"steps-{steps}")
