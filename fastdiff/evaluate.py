@@ -30,7 +30,8 @@ class Reference:
     def load(cls, spec: str, *, device: str = "cpu") -> Reference:
         """The training split of a data set. Raises UserError if it has no labels."""
         extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
-        return cls(dataset, extractor, extractor.of_dataset(dataset), metrics.noise_floor(extractor, dataset))
+        first, second = metrics.halves(extractor, dataset)
+        return cls(dataset, extractor, first + second, metrics.frechet_distance(first, second))
 
     def describe(self) -> dict:
         return {

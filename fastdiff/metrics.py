@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,10 @@ class Moments:
         self.probability_sum = self.probability_sum + log_p.exp().sum(0)
         self.neg_entropy_sum = self.neg_entropy_sum + (log_p.exp() * log_p).sum()
         return self
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of images together."""
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Moments)))
 
     @property
     def mean(self) -> Tensor:
@@ -117,11 +121,11 @@ class Extractor:
         return moments
 
 
-def noise_floor(extractor: Extractor, dataset: data.Dataset) -> float:
-    """The Fréchet distance of one random half of a data set against the other: what sampling error alone gives."""
+def halves(extractor: Extractor, dataset: data.Dataset) -> tuple[Moments, Moments]:
+    """Moments of one random half of a data set and of the other: their distance is what sampling error alone gives."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    half = len(order) // 2
-    return frechet_distance(extractor.of_dataset(dataset, order[:half]), extractor.of_dataset(dataset, order[half:]))
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    return extractor.of_dataset(dataset, first), extractor.of_dataset(dataset, second)
 
 
 def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None) -> Extractor:

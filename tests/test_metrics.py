@@ -329,3 +329,13 @@ def test_reference_describes_itself(reference):
         "extractor_test_accuracy": 0, "half_against_half_fd": 0, "score": 0,
     }  # fmt: skip
     assert replace(reference, floor=1.23456).describe()["half_against_half_fd"] == 1.2346
+
+
+def test_halves_make_the_whole(extractor):
+    dataset = data.load("digits")
+    first, second = metrics.halves(extractor, dataset)
+    whole, together = extractor.of_dataset(dataset), first + second
+    assert first.count + second.count == together.count == len(dataset)
+    assert metrics.frechet_distance(whole, together) < 1e-9
+    assert together.score() == pytest.approx(whole.score(), rel=1e-9)
+    assert 0.01 < metrics.frechet_distance(first, second) < 5
