@@ -188,15 +188,15 @@ def time_all(models: Models, options: Options) -> dict:
 def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance: float = 1.0) -> None:
     """Teacher and students side by side: one row a class, one column a noise, the same in every panel."""
     classes = models.guided.num_classes
-    panels = [(f"teacher, {steps} steps", models.guided, steps) for steps in (64, 4, 1)]
-    panels += [(f"student, {steps} step{'s' * (steps > 1)}", models.students[steps], steps) for steps in STUDENT_STEPS]
+    panels = [("teacher", models.guided, steps) for steps in (64, 4, 1)]
+    panels += [("student", models.students[steps], steps) for steps in STUDENT_STEPS]
     drawn = []
-    for title, model, steps in panels:
+    for name, model, steps in panels:
         images = generate(
             model, num=classes * columns, labels=torch.arange(classes).repeat_interleave(columns),
             noise_ids=torch.arange(columns).repeat(classes), guidance=guidance, steps=steps, seed=seed,
         )  # fmt: skip
-        drawn.append((title, torch.cat([part.cpu() for part in images])))
+        drawn.append((_with_steps(name, steps), torch.cat([part.cpu() for part in images])))
     figures.save_panels(drawn, path, columns=columns)
 
 
@@ -222,7 +222,7 @@ def report(results: dict, options: Options) -> str:
     for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS)):
         for steps in all_steps:
             cells = (f"{fd(model, steps, w) / fd('teacher, DDIM', 64, w):.2f}" for w in GUIDANCE)
-            lines.append(f"| {model}, {steps} steps | " + " | ".join(cells) + " |")
+            lines.append(f"| {_with_steps(model, steps)} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"This run: {results['seconds_of_this_run'] / 60:.1f} minutes on {results['cores']} cores "
@@ -237,6 +237,10 @@ def report(results: dict, options: Options) -> str:
     for run in results["training"]:
         lines.append(f"| {run['run']} | {run['updates']} | {run['images']} | {run['seconds'] / 60:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_steps(name: str, steps: int) -> str:
+    return f"{name}, {steps} step{'s' * (steps > 1)}"
 
 
 def _options(recipe, options: Options, name: str, **fields) -> loop.LoopOptions:
