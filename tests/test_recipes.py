@@ -156,20 +156,20 @@ def test_one_strength_needs_no_guidance_input(random_teacher):
     assert student.network.state_dict().keys() == made.network.state_dict().keys()
 
 
-@pytest.mark.parametrize("limits", [(0.0, 4.0), (2.0, 2.0)])
-def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits):
+@pytest.mark.parametrize(("limits", "clip"), [((0.0, 4.0), False), ((2.0, 2.0), False), ((0.0, 4.0), True)])
+def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits, clip):
     made = checkpoint.load(random_teacher)
     student = stage1.train(
         stage1.Options(
             out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, updates=80, warmup=0, ema=0.9,
-            batch_size=32, lr=5e-3, device="cpu",
+            batch_size=32, lr=5e-3, clip=clip, device="cpu",
         )
     )  # fmt: skip
     stream = data.Batches(data.load("digits", "test"), 128, seed=7)
     batch = loop.to_device(next(stream), 10, 7, torch.device("cpu"))
     with torch.no_grad():
         before, after = (
-            distill.stage1(model, Guided(made), batch, guidance_range=limits).mean()
+            distill.stage1(model, Guided(made), batch, guidance_range=limits, clip=1.0 if clip else None).mean()
             for model in (stage1.student_of(made, limits).eval(), student)
         )
     assert after < 0.5 * before

@@ -120,7 +120,8 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
             seconds = max(0.0, clock.left() - evaluation) * share
             updates = max(20, int(seconds / _update_seconds(model, loss, dataset, recipe) / units))
         print(f"[{clock}] {name}: {updates} updates{' a round' if name == 'stage2' else ''}")
-        return replace(recipe, updates=updates, save_every=max(1, updates // 2), resume=recipe.out.exists())
+        save_every = updates if name == "stage2" else max(1, updates // 2)  # a round of stage 2 is short by itself
+        return replace(recipe, updates=updates, save_every=save_every, resume=recipe.out.exists())
 
     recipe = planned("teacher", recipe, fresh, distill.teacher, 1)
     guided = Guided(teacher.train(recipe))

@@ -39,7 +39,7 @@ PRESETS = {
         "anneal": "none", "ema": 0.9999, "precision": "bf16", "save_every": 10_000,
     },
     "imagenet64": {
-        "unet": UNETS["imagenet64"], "data": "data/imagenet64", "flip": True, "updates": 550_000, "batch_size": 2048,
+        "unet": UNETS["imagenet64"], "data": "data/imagenet64", "flip": True, "updates": 540_000, "batch_size": 2048,
         "lr": 3e-4, "warmup": 5000, "anneal": "none", "ema": 0.9999, "precision": "bf16", "save_every": 10_000,
     },
 }  # fmt: skip
