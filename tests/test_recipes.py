@@ -161,8 +161,8 @@ def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits, clip
     made = checkpoint.load(random_teacher)
     student = stage1.train(
         stage1.Options(
-            out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, updates=80, warmup=0, ema=0.9,
-            batch_size=32, lr=5e-3, clip=clip, device="cpu",
+            out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, clip=clip,
+            updates=400 if clip else 80, warmup=0, ema=0.9, batch_size=32, lr=5e-3, device="cpu",
         )
     )  # fmt: skip
     stream = data.Batches(data.load("digits", "test"), 128, seed=7)
