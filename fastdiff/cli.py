@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from fastdiff.errors import UserError
+from kernels import BackendError
 
 COMMANDS = {
     "demo": ("train.demo", "the whole pipeline on the embedded data set"),
@@ -49,7 +50,7 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
                 raise UserError(f"unknown preset {name!r}; known: {', '.join(presets)}")
             options = _with_defaults(options, {"preset": name, **presets[name]})
         function(tyro.cli(options, description=function.__doc__))
-    except UserError as error:
+    except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

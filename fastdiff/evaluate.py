@@ -48,7 +48,8 @@ def evaluate(
     """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
     labels = None
     if model.num_classes:
-        labels = torch.from_numpy(reference.dataset.labels[torch.arange(num).numpy() % len(reference.dataset)])
+        evenly = torch.arange(num) * len(reference.dataset) // num  # data sets may be sorted by class
+        labels = torch.from_numpy(reference.dataset.labels[evenly.numpy()])
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
     chunks = generate(
         model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, seed=seed,
@@ -111,6 +112,8 @@ def main(options: Options) -> None:
     """Score a checkpoint against a data set."""
     if options.num == 1:
         raise UserError("--num 1: a score needs at least 2 images")
+    if not options.guidance:
+        raise UserError("--guidance needs at least one number")
     model, steps = options.model()
     for guidance in options.guidance:
         check_guidance(model, guidance)
@@ -125,7 +128,6 @@ def main(options: Options) -> None:
             precision=options.precision,
         ))  # fmt: skip
         print(json.dumps(rows[-1]))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")
     print(table(rows, reference.describe()))
 

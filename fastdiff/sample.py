@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -49,12 +50,13 @@ def generate(
             (len(here), *model.image_shape), seed=seed, sample_ids=here, step=INITIAL_NOISE, device=device
         )
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            yield SAMPLERS[sampler](
+            images = SAMPLERS[sampler](
                 model, noise.contiguous(memory_format=torch.channels_last),
                 None if labels is None else labels[part].to(device),
                 guidance[part] if isinstance(guidance, Tensor) else guidance, steps,
                 schedule=model.schedule, clip=1.0 if clip else None, seed=seed,
             )  # fmt: skip
+        yield images  # outside of autocast, which would otherwise reach the caller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,6 @@ def main(options: Options) -> None:
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
     bar = tqdm(total=options.num, unit="image", desc="sampling", disable=options.num <= options.batch_size)
-    if not is_grid:
-        options.out.mkdir(parents=True, exist_ok=True)
     for images in generate(
         model, num=options.num, labels=labels, guidance=options.guidance, steps=steps, sampler=options.sampler,
         seed=options.seed, batch_size=options.batch_size, clip=options.clip, precision=options.precision,
@@ -129,7 +129,6 @@ def main(options: Options) -> None:
     bar.close()
     seconds = time.perf_counter() - start
     if is_grid:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         columns = (
             model.num_classes
             if 1 < model.num_classes <= 20 and not options.labels
@@ -144,12 +143,11 @@ def main(options: Options) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises UserError for a device that PyTorch does not know or see."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: PyTorch knows no such device; use cuda or cpu") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    """Raises UserError for a device that is not supported or that PyTorch does not see."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UserError(f"--device {name}: unknown; use cuda, cuda:1, … or cpu")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
@@ -167,11 +165,25 @@ def check_guidance(model: nn.Module, guidance: float) -> None:
 
 
 def check_output(path: Path, overwrite: bool, *, file: bool) -> None:
-    """Raises UserError if writing to `path` would replace something without being asked."""
+    """Make the folder for an output. Raises UserError if that fails, or would replace something without being asked."""
     if path.exists() and file != path.is_file():
         raise UserError(f"--out {path} is a {'folder' if file else 'file'}: name a {'file' if file else 'folder'}")
     if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
+    make_folder(path.parent if file else path)
+    if not file:
+        for old in path.glob("[0-9]" * 6 + ".png"):
+            old.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Raises UserError where a folder cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): choose another one") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out: the folder {path} is not writable: choose another one")
 
 
 def warn(message: str) -> None:

@@ -332,6 +332,8 @@ def _check(config: UNetConfig) -> None:
         )
     if config.channels % 2 or min(config.channels, config.blocks, config.image_channels) <= 0:
         raise ValueError("channels must be even, and channels, blocks and image_channels positive")
+    if min(config.groups, config.min_group_width, 1 if config.head_width is None else config.head_width) <= 0:
+        raise ValueError("groups, min_group_width and head_width must be positive")
     for name, hint in get_type_hints(UNetConfig).items():
         if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(get_args(hint))}")

@@ -12,12 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import implementation, use
+from .backend import BackendError, implementation, use
 
 __all__ = [
-    "Clip", "add_noise", "affine_regression_loss", "affine_update", "attention", "group_norm", "guided_step",
-    "rand", "randn", "sid_generator_loss", "stochastic_step", "use",
-]  # fmt: skip
+    "BackendError",
+    "Clip",
+    "add_noise",
+    "affine_regression_loss",
+    "affine_update",
+    "attention",
+    "group_norm",
+    "guided_step",
+    "rand",
+    "randn",
+    "sid_generator_loss",
+    "stochastic_step",
+    "use",
+]
 __version__ = "0.0.0"  # other libraries look for a package called `kernels` and compare versions: this one is not it
 
 

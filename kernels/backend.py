@@ -11,6 +11,11 @@ from torch import Tensor
 
 from . import reference
 
+
+class BackendError(RuntimeError):
+    """A backend was asked for that does not run here."""
+
+
 # A backend is a module with the functions of `reference`; it may lack some, and the reference then serves.
 BACKENDS: dict[str, ModuleType] = {"reference": reference}
 _forced: list[str] = []
@@ -20,7 +25,7 @@ _forced: list[str] = []
 def use(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block: "reference" or "triton".
 
-    Raises ValueError for an unknown name and RuntimeError for a backend that is not available here.
+    Raises ValueError for an unknown name and BackendError for a backend that is not available here.
     """
     _check(name, "kernels.use")
     _forced.append(name)
@@ -44,4 +49,4 @@ def _check(name: str, source: str) -> None:
     if name not in ("reference", "triton"):
         raise ValueError(f"{source}: unknown backend {name!r}; choose reference or triton")
     if name not in BACKENDS:
-        raise RuntimeError(f"{source}: the triton backend is not available here; choose reference")
+        raise BackendError(f"{source}: the triton backend is not available here; choose reference")

@@ -77,7 +77,8 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tenso
     y = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
-    return (F.silu(y) if silu else y).to(x.dtype)
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

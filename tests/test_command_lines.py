@@ -16,6 +16,7 @@ import pytest
 from conftest import TINY, snapshot
 from PIL import Image
 
+import kernels
 from fastdiff import checkpoint, cli
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 
@@ -510,8 +511,8 @@ def test_a_file_where_the_folder_should_be_is_refused(run, tmp_path):
 
 def test_resume_with_other_options_names_them(run, finished):
     before = snapshot(finished)
-    result = run("teacher", "--out", "run", *SMALL, *NET, "--resume", "--lr", "0.5", "--batch-size", "4")
-    assert_refused(result, "--lr was 0.002, is 0.5", "--batch-size was 8, is 4")
+    result = run("teacher", "--out", "run", *SMALL, *NET, "--resume", "--ema", "0.5", "--batch-size", "4")
+    assert_refused(result, "--ema was 0.999, is 0.5", "--batch-size was 8, is 4")
     assert "--updates" not in result.err and "--resume was" not in result.err
     assert snapshot(finished) == before
 
@@ -632,3 +633,72 @@ def test_the_commands_connect(run):
     assert result.code == 0 and not result.err
     config = json.loads(Path("a/stage1/config.json").read_text())["options"]
     assert config["guidance_range"] == [0, 2] and config["teacher"] == "a/teacher"
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "tpu", "cuda:x"])
+def test_devices_that_fastdiff_does_not_run_on(run, runs, device):
+    assert_refused(run("sample", "--checkpoint", runs.teacher, "--device", device), "--device", device)
+    assert_refused(run("demo", "--out", "o", "--device", device), "--device", device)
+    assert not Path("o").exists()
+
+
+def test_an_output_below_a_file_is_refused_before_any_work(run, runs, monkeypatch):
+    Path("file").write_text("mine")
+    monkeypatch.setattr(Denoiser, "forward", lambda *a, **k: pytest.fail("it sampled"))
+    for command, name in (("sample", "g.png"), ("evaluate", "r.json")):
+        result = run(command, "--checkpoint", runs.teacher, "--device", "cpu", "--out", f"file/{name}")
+        assert_refused(result, "--out", "file")
+    assert_refused(run("teacher", *SMALL, *NET, "--out", "file/run"), "file")
+    assert Path("file").read_text() == "mine"
+
+
+def test_evaluate_without_a_strength(run, runs):
+    assert_refused(run("evaluate", "--checkpoint", runs.teacher, "--device", "cpu", "--guidance"), "--guidance")
+
+
+@pytest.mark.parametrize("updates", [0, -5])
+def test_a_round_needs_updates(run, runs, updates):
+    line = ["--teacher", runs.stage1, *SMALL, "--out", "o", "--last-updates", updates]
+    assert_refused(run("stage2", *line), "--last-updates", updates)
+    assert not Path("o").exists()
+
+
+def test_a_range_of_guidance_is_finite(run, runs):
+    line = ["--teacher", runs.teacher, *SMALL, "--out", "o", "--guidance-range", "0", "inf"]
+    assert_refused(run("stage1", *line), "--guidance-range", "inf")
+
+
+@pytest.mark.parametrize(
+    "option", [["--unet.min-group-width", "0"], ["--unet.head-width", "-64"], ["--unet.groups", "0"]]
+)
+def test_networks_that_cannot_be(run, option):
+    assert_refused(run("teacher", *SMALL, *NET, *option, "--out", "o"), "--unet", "positive")
+
+
+def test_a_backend_that_is_not_there(run, runs, monkeypatch):
+    monkeypatch.setattr("kernels.backend.BACKENDS", {"reference": kernels.reference})
+    monkeypatch.setenv("FASTDIFF_KERNELS", "triton")
+    assert_refused(
+        run("sample", "--checkpoint", runs.teacher, "--device", "cpu", "--num", 2, "--steps", 1), "FASTDIFF_KERNELS"
+    )
+
+
+def test_a_run_that_diverged_can_go_on_with_a_lower_rate(run):
+    first = [
+        "teacher",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "8",
+        *NET,
+        "--out",
+        "o",
+        "--updates",
+        "4",
+        "--save-every",
+        "2",
+    ]
+    assert run(*first).code == 0
+    again = run(*first, "--resume", "--updates", "6", "--lr", "1e-4", "--precision", "fp32")
+    assert again.code == 0, again
+    assert checkpoint.newest(Path("o")).name.endswith("6")

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastdiff import checkpoint, data, metrics
-from fastdiff.denoiser import Guided, with_guidance
+from fastdiff import evaluate as evaluation
+from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
 from fastdiff.metrics import Moments, frechet_distance, frechet_of_gaussians
+from fastdiff.unet import UNetConfig
 
 
 def gaussian(seed, width=6):
@@ -307,10 +309,8 @@ def test_evaluate_draws_the_labels_of_the_data(reference, runs, monkeypatch):
     model = checkpoint.load(runs.stage2 / "steps-1")
     real = model.affine
     monkeypatch.setattr(model, "affine", lambda z, angle, label, w: seen.append(label) or real(z, angle, label, w))
-    num = len(reference.dataset) + 3
-    evaluate(model, reference, name="m", guidance=0.0, steps=1, num=num)
-    labels = torch.cat(seen).numpy()
-    assert (labels == np.concatenate([reference.dataset.labels, reference.dataset.labels[:3]])).all()
+    evaluate(model, reference, name="m", guidance=0.0, steps=1, num=len(reference.dataset))
+    assert (torch.cat(seen).numpy() == reference.dataset.labels).all()
 
 
 def test_table_has_a_line_a_model_and_a_column_a_strength(reference):
@@ -339,3 +339,23 @@ def test_halves_make_the_whole(extractor):
     assert metrics.frechet_distance(whole, together) < 1e-9
     assert together.score() == pytest.approx(whole.score(), rel=1e-9)
     assert 0.01 < metrics.frechet_distance(first, second) < 5
+
+
+def test_labels_follow_the_data_even_where_it_is_sorted(extractor, monkeypatch):
+    """A folder of images is sorted by class: a few samples must still be of all classes, in the data's shares."""
+    dataset = data.load("digits")
+    order = np.argsort(dataset.labels, kind="stable")
+    dataset = replace(dataset, images=dataset.images[order], labels=dataset.labels[order])
+    reference = Reference(dataset, extractor, extractor.of_dataset(dataset), 1.0)
+    drawn = []
+
+    def generate(model, *, num, labels, **options):
+        drawn.append(labels)
+        yield torch.zeros(num, 1, 8, 8)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    model = Denoiser(DenoiserConfig(UNetConfig((8, 8), 1, 10, channels=8, channel_mult=(1,), middle_attention=False)))
+    for num in (50, 3000):
+        evaluate(model, reference, name="", guidance=0.0, steps=1, num=num)
+        shares = np.bincount(drawn[-1].numpy(), minlength=10) / num
+        assert np.abs(shares - np.bincount(dataset.labels) / len(dataset)).max() <= 1 / num + 1e-9

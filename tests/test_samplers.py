@@ -443,3 +443,12 @@ def test_a_guided_step_runs_without_data():
     assert image.shape == (2, 1, 8, 8)
     assert image.dtype == torch.float32
     assert guided.network_rows == 4
+
+
+def test_autocast_does_not_reach_the_caller(model):
+    for images in generate(model, num=4, steps=1, batch_size=2, precision="bf16"):
+        assert not torch.is_autocast_enabled("cpu")
+        assert images.dtype == torch.float32
+    chunks = generate(model, num=4, steps=1, batch_size=2, precision="bf16")
+    next(chunks)
+    assert not torch.is_autocast_enabled("cpu")

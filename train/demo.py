@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from fastdiff import checkpoint, cli, data, distill, figures
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
-from fastdiff.sample import generate
+from fastdiff.sample import check_device, generate, make_folder
 from train import loop, stage1, stage2, teacher
 
 GUIDANCE = (0.0, 1.0, 4.0)
@@ -44,7 +45,7 @@ class Options:
     num: int = 1024
     """Samples a score."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
 
 
@@ -56,11 +57,12 @@ def main(options: Options) -> None:
         raise UserError(f"--num {options.num}: a score needs at least 2 images")
     if options.preset not in ("digits", "fashion-mnist"):
         raise UserError(f"unknown preset {options.preset!r} of the demo; known: digits, fashion-mnist")
+    check_device(options.device)
+    make_folder(options.out)
     clock = Clock(60 * options.minutes)
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
     reference = Reference.load(spec, device=options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
     models = train_all(options, spec, clock)
     print(f"[{clock}] scores")
     rows = score_all(options, models, reference)

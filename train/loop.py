@@ -25,11 +25,15 @@ from fastdiff import checkpoint, data, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.distill import Batch
 from fastdiff.errors import UserError
-from fastdiff.sample import check_device, generate
+from fastdiff.sample import check_device, generate, make_folder
 
 WATCH_EVERY = 10  # updates between looks at whether the loss is still finite; each look waits for the device
 MAY_CHANGE = {
     "updates",
+    "lr",
+    "warmup",
+    "clip_norm",
+    "precision",
     "last_updates",
     "save_every",
     "log_every",
@@ -91,7 +95,7 @@ class LoopOptions:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """torch.compile the networks."""
+    """torch.compile the trained network."""
     save_every: int = 1000
     """Updates between checkpoints (and sample pictures); the last update is always saved."""
     keep: int = 2
@@ -175,8 +179,8 @@ class Updater:
         bad = int(self.first_bad)
         if bad >= 0:
             raise UserError(
-                f"the loss was not finite at update {bad} of {self.options.out}: lower --lr, or use --precision fp32; "
-                "the last checkpoint from before is kept, and --resume continues from it"
+                f"the loss was not finite at update {bad} of {self.options.out}: lower --lr, or use --precision fp32, "
+                "and continue with --resume from the last checkpoint before it"
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -187,6 +191,8 @@ class Updater:
         for name, parameter in zip(names, self.parameters, strict=True):
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors | {"random/cpu": torch.get_rng_state(), "loss_sum": self.loss_sum}
 
     def restore(self, tensors: dict[str, Tensor], update_count: int) -> None:
@@ -203,6 +209,8 @@ class Updater:
                 for key, value in state.items()
             }
         torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
         self.loss_sum = tensors["loss_sum"].to(self.device)
 
 
@@ -300,7 +308,7 @@ def prepare(options: LoopOptions, dataset: data.Dataset) -> None:
                 f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
                 "or choose another --out"
             )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "config.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
@@ -337,9 +345,9 @@ def print_plan(
     parts = f"in {options.accumulate} parts, " if options.accumulate > 1 else ""
     print(f"batch        {options.batch_size} images, {parts}{options.precision}, {options.device}")
     print(
-        f"memory       about {total / 2**30:.2f} GiB: weights, gradients, moments and average "
-        f"{4 * copies * weights / 2**30:.2f}, frozen teacher {4 * frozen / 2**30:.2f}, "
-        f"activations {activations / 2**30:.2f}"
+        f"memory       about {total / 2**30:.2g} GiB: weights, gradients, moments and average "
+        f"{4 * copies * weights / 2**30:.2g}, frozen teacher {4 * frozen / 2**30:.2g}, "
+        f"activations {activations / 2**30:.2g}"
     )
     print(f"output       {options.out}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -51,7 +52,7 @@ def train(options: Options) -> Denoiser | None:
     """Run or continue the recipe; returns the student. Raises UserError."""
     options.check()
     low, high = options.guidance_range
-    if not 0 <= low <= high:
+    if not 0 <= low <= high < math.inf:
         raise UserError(f"--guidance-range must be two numbers 0 ≤ low ≤ high, got {low:g} {high:g}")
     teacher = checkpoint.load(options.teacher, device=options.device)
     if not teacher.num_classes:

@@ -56,6 +56,8 @@ def main(options: Options) -> None:
 def train(options: Options) -> Denoiser | None:
     """Run or continue the rounds that are not finished; returns the last student. Raises UserError."""
     options.check()
+    if options.last_updates is not None and options.last_updates <= 0:
+        raise UserError(f"--last-updates must be positive, got {options.last_updates}")
     rounds = student_steps(options.start_steps, options.end_steps)
     teacher = checkpoint.load(options.teacher, device=options.device)
     _check_teacher(teacher, options)
