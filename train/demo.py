@@ -228,7 +228,8 @@ def report(results: dict, options: Options) -> str:
             lines.append(f"| {_with_steps(model, steps)} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"This run: {results['seconds_of_this_run'] / 60:.1f} minutes on {results['cores']} cores "
+        f"Training: {sum(run['seconds'] for run in results['training']) / 60:.1f} minutes in all (below). This run of the "
+        f"command, which reuses what earlier ones finished: {results['seconds_of_this_run'] / 60:.1f} minutes on {results['cores']} cores "
         f"({results['machine']}, {results['device']}), {results['peak_memory_gb']} GB of memory at most.",
         "",
         f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "

@@ -345,9 +345,9 @@ def print_plan(
     parts = f"in {options.accumulate} parts, " if options.accumulate > 1 else ""
     print(f"batch        {options.batch_size} images, {parts}{options.precision}, {options.device}")
     print(
-        f"memory       about {total / 2**30:.2g} GiB: weights, gradients, moments and average "
-        f"{4 * copies * weights / 2**30:.2g}, frozen teacher {4 * frozen / 2**30:.2g}, "
-        f"activations {activations / 2**30:.2g}"
+        f"memory       about {total / 2**30:.3g} GiB: weights, gradients, moments and average "
+        f"{4 * copies * weights / 2**30:.3g}, frozen teacher {4 * frozen / 2**30:.3g}, "
+        f"activations {activations / 2**30:.3g}"
     )
     print(f"output       {options.out}")
 
