@@ -65,7 +65,7 @@ def test_a_second_demo_reuses_the_runs(made, monkeypatch):
     monkeypatch.setattr(loop, "_log", lambda *args: pytest.fail("it trained again"))
     demo.main(made)
     assert files() == before
-    tables = [text.split("This run of")[0] for text in (report, (made.out / "report.md").read_text())]
+    tables = [text.split("Training took")[0] for text in (report, (made.out / "report.md").read_text())]
     assert tables[0] == tables[1]
 
 

@@ -206,6 +206,7 @@ def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance
 def report(results: dict, options: Options) -> str:
     """report.md: the table, the figures that matter, and how to make it again."""
     rows, timing = results["rows"], results["timing"]
+    training = sum(run["seconds"] for run in results["training"])
 
     def fd(model: str, steps: int, w: float) -> float:
         return next(r["fd"] for r in rows if (r["model"], r["steps"], r["guidance"]) == (model, steps, w))
@@ -228,9 +229,9 @@ def report(results: dict, options: Options) -> str:
             lines.append(f"| {_with_steps(model, steps)} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Training: {sum(run['seconds'] for run in results['training']) / 60:.1f} minutes in all (below). This run of the "
-        f"command, which reuses what earlier ones finished: {results['seconds_of_this_run'] / 60:.1f} minutes on {results['cores']} cores "
-        f"({results['machine']}, {results['device']}), {results['peak_memory_gb']} GB of memory at most.",
+        f"Training took {training / 60:.1f} minutes in all (below), this run of the command "
+        f"{results['seconds_of_this_run'] / 60:.1f} minutes (it reuses what earlier ones finished), on {results['cores']} "
+        f"cores ({results['machine']}, {results['device']}) with {results['peak_memory_gb']} GB of memory at most.",
         "",
         f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
         f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student and "
