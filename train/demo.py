@@ -230,8 +230,9 @@ def report(results: dict, options: Options) -> str:
     lines += [
         "",
         f"Training took {training / 60:.1f} minutes in all (below), this run of the command "
-        f"{results['seconds_of_this_run'] / 60:.1f} minutes (it reuses what earlier ones finished), on {results['cores']} "
-        f"cores ({results['machine']}, {results['device']}) with {results['peak_memory_gb']} GB of memory at most.",
+        f"{results['seconds_of_this_run'] / 60:.1f} minutes (it reuses what earlier ones finished), on "
+        f"{results['cores']} cores ({results['machine']}, {results['device']}), with "
+        f"{results['peak_memory_gb']} GB of memory at most.",
         "",
         f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
         f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student and "
