@@ -214,7 +214,7 @@ def report(results: dict, options: Options) -> str:
     lines = [
         f"# {options.preset}: a guided teacher and its few-step students", "",
         f"Made by `python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
-        f"--seed {options.seed}`.", "",
+        f"--seed {options.seed} --precision {options.precision}`.", "",
         table(rows, results["reference"]), "",
         "![samples](samples.png)", "",
         "Same noise and class in every panel; guidance w = 1.", "",
