@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -18,26 +17,33 @@ class BackendError(RuntimeError):
 
 # A backend is a module with the functions of `reference`; it may lack some, and the reference then serves.
 BACKENDS: dict[str, ModuleType] = {"reference": reference}
-_forced: list[str] = []
+_forced: str | None = None
 
 
-@contextmanager
-def use(name: str) -> Iterator[None]:
-    """Force one backend inside a `with` block: "reference" or "triton".
+class use:
+    """Force one backend, "reference" or "triton", from now on; None: choose by device again.
 
-    Raises ValueError for an unknown name and BackendError for a backend that is not available here.
+    As a context manager it is undone at the end of the block. Raises ValueError for an unknown name and BackendError
+    for a backend that is not available here.
     """
-    _check(name, "kernels.use")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+
+    def __init__(self, name: str | None):
+        global _forced
+        if name is not None:
+            _check(name, "kernels.use")
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._before
 
 
 def implementation(operation: str, tensor: Tensor) -> Callable:
     """The function that runs `operation` on tensors that live where `tensor` does."""
-    name = _forced[-1] if _forced else os.environ.get("FASTDIFF_KERNELS", "")
+    name = _forced or os.environ.get("FASTDIFF_KERNELS", "")
     if name:
         _check(name, "FASTDIFF_KERNELS")
     elif tensor.is_cuda and "triton" in BACKENDS:

@@ -744,3 +744,16 @@ def test_triton_is_named_only_in_the_kernels():
         for file in (ROOT / folder).rglob("*.py"):
             lines = file.read_text(encoding="utf-8").splitlines()
             assert not [line for line in lines if line.lstrip().startswith(("import triton", "from triton"))], file
+
+
+def test_use_forces_without_a_block_too(marked_triton):
+    plain = backend.implementation("attention", QKV)
+    kernels.use("triton")
+    try:
+        assert backend.implementation("attention", QKV) is not plain
+        with kernels.use("reference"):
+            assert backend.implementation("attention", QKV) is plain
+        assert backend.implementation("attention", QKV) is not plain
+    finally:
+        kernels.use(None)
+    assert backend.implementation("attention", QKV) is plain
