@@ -702,3 +702,16 @@ def test_a_run_that_diverged_can_go_on_with_a_lower_rate(run):
     again = run(*first, "--resume", "--updates", "6", "--lr", "1e-4", "--precision", "fp32")
     assert again.code == 0, again
     assert checkpoint.newest(Path("o")).name.endswith("6")
+
+
+def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(run):
+    line = ["--device", "cpu", "--batch-size", "8", *NET, "--out", "o", "--updates", "40", "--save-every", "1"]
+    result = run("teacher", *line, "--lr", "1e30", "--warmup", "0", "--clip-norm", "0")
+    assert result.code == 2
+    last = result.err.strip().splitlines()[-1]
+    update = int(re.search(r"not finite at update (\d+) of o", last)[1])
+    assert last.startswith("error: ") and "Traceback" not in result.err and "--lr" in last
+    assert 1 < update <= 11
+    kept = checkpoint.newest(Path("o"))
+    assert int(kept.name.split("-")[1]) < update
+    assert all(p.isfinite().all() for p in checkpoint.load(kept).parameters())

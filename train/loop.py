@@ -236,24 +236,24 @@ def fit(denoiser: Denoiser, loss: Loss, dataset: data.Dataset, options: LoopOpti
         mininterval=0.5 if sys.stderr.isatty() else 20,
     )  # fmt: skip
     logged_at, logged_time = updater.update_count, time.perf_counter()
-    while updater.update_count < options.updates:
-        updater.update(to_device(next(batches), dataset.num_classes, seed, updater.device))
-        bar.update()
-        n = updater.update_count
-        last = n == options.updates
-        if n % WATCH_EVERY == 0 or last:
-            updater.check_finite()
-        if n % options.log_every == 0 or last:
-            seconds = time.perf_counter() - logged_time
-            speed = (n - logged_at) * options.batch_size / seconds
-            _log(updater, options, name, n - updater.logged_at, speed, bar)
-            updater.logged_at = logged_at = n
-            logged_time = time.perf_counter()
-        if n % options.save_every == 0 or last:
-            updater.check_finite()
-            _save(updater, batches, options, name)
-            preview(updater.averaged, options.out / f"samples-{name}-{n:07d}.png", options.seed)
-    bar.close()
+    with bar:  # closed before an error is printed
+        while updater.update_count < options.updates:
+            updater.update(to_device(next(batches), dataset.num_classes, seed, updater.device))
+            bar.update()
+            n = updater.update_count
+            last = n == options.updates
+            if n % WATCH_EVERY == 0 or last:
+                updater.check_finite()
+            if n % options.log_every == 0 or last:
+                seconds = time.perf_counter() - logged_time
+                speed = (n - logged_at) * options.batch_size / seconds
+                _log(updater, options, name, n - updater.logged_at, speed, bar)
+                updater.logged_at = logged_at = n
+                logged_time = time.perf_counter()
+            if n % options.save_every == 0 or last:
+                updater.check_finite()
+                _save(updater, batches, options, name)
+                preview(updater.averaged, options.out / f"samples-{name}-{n:07d}.png", options.seed)
     denoiser.eval()
     return updater.averaged.eval()
 
