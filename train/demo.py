@@ -29,7 +29,7 @@ SHARES = {"teacher": 0.26, "stage1": 0.22, "stage2": 0.52}  # of the time for tr
 RESERVE = 0.07  # of all time, for what was measured too fast
 ROUND_UNITS = 3.0  # a round of stage 2 with N ≤ 2 steps lasts as long as three others
 TIMED_STEPS = 1024
-TIMED_BATCH = 64
+TIMED_BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
