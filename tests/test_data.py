@@ -763,7 +763,8 @@ def test_batches_from_a_read_only_cache(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch warns about memory that cannot be written
         batch = next(Batches(load(tmp_path / "pets"), 4, flip=True))
-    batch.images.add_(1)
+    before = batch.images.clone()
+    assert torch.equal(batch.images.add_(1), before + 1)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 6])
