@@ -1,8 +1,9 @@
 """The operations that fastdiff is made of, each with one contract and interchangeable backends.
 
-CUDA tensors run the fastest backend there is, others the PyTorch reference. `FASTDIFF_KERNELS=reference|triton` or
-`with kernels.use("reference"):` forces one. Coefficients and angles are (B,) tensors; images are (B, C, H, W) in any
-floating dtype, read as they are and combined in float32 (float64 where an input is float64).
+CUDA tensors run Triton kernels, others the PyTorch reference, or what is faster on a CPU. `FASTDIFF_KERNELS=reference|triton`
+or `with kernels.use("reference"):` forces one. Coefficients and angles are (B,) tensors; images are (B, C, H, W) in any
+floating dtype, read as they are and combined in float32 (float64 where an input is float64). Autocast changes none of
+this, but for `attention`. The Triton kernels have no second derivative and no forward-mode one: both raise.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def affine_update(
     if coef_noise is not None:
         if seed is None or sample_ids is None:
             raise ValueError("affine_update: coef_noise needs seed and sample_ids")
-        _check_ids("affine_update", z.shape, sample_ids)
+        _check_ids("affine_update", z.shape, sample_ids, z)
     if clip is not None:
         clip = _checked_clip(clip, z)
     return implementation("affine_update", z)(
@@ -121,8 +122,12 @@ def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, kee
 
 def add_noise(x: Tensor, angle: Tensor, *, seed: int, sample_ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """(z, ε) with z = cos(φ)·x + sin(φ)·ε and ε = randn(seed, sample_ids, step); x (B, C, H, W), angle (B,)."""
-    noise = randn(tuple(x.shape), seed=seed, sample_ids=sample_ids, step=step, device=x.device)
-    return affine_update(x, noise, coef_z=torch.cos(angle), coef_a=torch.sin(angle)), noise
+    _check_images("add_noise", x=x)
+    _check_coefficients("add_noise", x, angle=angle)
+    _check_ids("add_noise", x.shape, sample_ids, x)
+    return implementation("add_noise", x)(
+        x, torch.cos(angle), torch.sin(angle), seed=seed, sample_ids=sample_ids, step=step
+    )
 
 
 def affine_regression_loss(
@@ -163,19 +168,39 @@ def group_norm(
     """
     if x.ndim != 4:
         raise ValueError(f"group_norm: x must be (B, C, H, W), got {tuple(x.shape)}")
-    if num_groups <= 0 or x.shape[1] % num_groups:
-        raise ValueError(f"group_norm: {num_groups} groups do not divide {x.shape[1]} channels")
+    batch, channels = x.shape[:2]
+    if num_groups <= 0 or channels == 0 or channels % num_groups:
+        raise ValueError(f"group_norm: {num_groups} groups do not divide {channels} channels")
+    if not eps >= 0:
+        raise ValueError(f"group_norm: eps must not be negative, got {eps}")
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
+    _check_floating("group_norm", "x", x)
+    shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
+    for (key, shape), value in zip(shapes.items(), (weight, bias, scale, shift), strict=True):
+        if value is None:
+            continue
+        if value.shape != shape:
+            raise ValueError(f"group_norm: {key} must have shape {shape}, got {tuple(value.shape)}")
+        _check_floating("group_norm", key, value)
+        _check_device("group_norm", key, value, "x is", x)
     return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over all tokens: (B, N, 3·C), packed as q, k, v with heads inside each -> (B, N, C)."""
-    if qkv.ndim != 3 or num_heads <= 0 or qkv.shape[-1] % (3 * num_heads):
+    """softmax(q·kᵀ/√d)·v over all tokens: (B, N, 3·C), packed as q, k, v with heads inside each -> (B, N, C).
+
+    Returns qkv's dtype; under autocast, float32 is cast to the dtype of autocast first. Raises ValueError on a shape
+    that heads do not divide.
+    """
+    if qkv.ndim != 3 or num_heads <= 0 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"attention: qkv must be (B, N, 3·C) with C divisible by {num_heads} heads, got {tuple(qkv.shape)}"
         )
+    _check_floating("attention", "qkv", qkv)
+    device = qkv.device.type
+    if qkv.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
     return implementation("attention", qkv)(qkv, num_heads)
 
 
@@ -194,22 +219,48 @@ def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     return implementation("rand", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step, device=device)
 
 
-def _check_ids(name: str, shape, sample_ids: Tensor) -> None:
+def _check_ids(name: str, shape, sample_ids: Tensor, like: Tensor | None = None) -> None:
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{name}: shape must not have negative sizes, got {tuple(shape)}")
     if sample_ids.shape != (shape[0],) or sample_ids.dtype != torch.int64:
         raise ValueError(
             f"{name}: sample_ids must be int64 of shape ({shape[0]},), "
             f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
         )
+    if like is not None:
+        _check_device(name, "sample_ids", sample_ids, "the images are", like)
 
 
 def _check_images(name: str, **images: Tensor | None) -> None:
-    first, shape = next((key, value.shape) for key, value in images.items() if value is not None)
-    for key, value in images.items():
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, but {first} has {tuple(shape)}")
+    """All floating, of one shape (B, ...) and on one device; None is skipped."""
+    key, first = next((key, value) for key, value in images.items() if value is not None)
+    if first.ndim == 0:
+        raise ValueError(f"{name}: {key} must be (B, ...), got a tensor without dimensions")
+    for other, value in images.items():
+        if value is None:
+            continue
+        if value.shape != first.shape:
+            raise ValueError(f"{name}: {other} has shape {tuple(value.shape)}, but {key} has {tuple(first.shape)}")
+        _check_floating(name, other, value)
+        _check_device(name, other, value, f"{key} is", first)
 
 
 def _check_coefficients(name: str, image: Tensor, **coefficients: Tensor | None) -> None:
+    """All floating, (B,), and on the images' device; None is skipped."""
     for key, value in coefficients.items():
-        if value is not None and value.shape != image.shape[:1]:
+        if value is None:
+            continue
+        if value.shape != image.shape[:1]:
             raise ValueError(f"{name}: {key} must have shape ({image.shape[0]},), got {tuple(value.shape)}")
+        _check_floating(name, key, value)
+        _check_device(name, key, value, "the images are", image)
+
+
+def _check_floating(name: str, key: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: {key} must be a floating-point tensor, got {value.dtype}")
+
+
+def _check_device(name: str, key: str, value: Tensor, others: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: {key} is on {value.device}, but {others} on {like.device}; move it there")

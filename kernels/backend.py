@@ -8,7 +8,14 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
+
+MISSING = ""
+try:
+    from . import fused
+    from .launch import INTERPRETED
+except ImportError as error:  # without Triton everything runs on the reference
+    fused, INTERPRETED, MISSING = None, False, str(error)
 
 
 class BackendError(RuntimeError):
@@ -16,7 +23,9 @@ class BackendError(RuntimeError):
 
 
 # A backend is a module with the functions of `reference`; it may lack some, and the reference then serves.
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+if fused is not None:
+    BACKENDS["triton"] = fused
 _forced: str | None = None
 
 
@@ -42,12 +51,17 @@ class use:
 
 
 def implementation(operation: str, tensor: Tensor) -> Callable:
-    """The function that runs `operation` on tensors that live where `tensor` does."""
+    """The function that runs `operation` on tensors that live where `tensor` does. Raises BackendError if none can."""
     name = _forced or os.environ.get("FASTDIFF_KERNELS", "")
     if name:
         _check(name, "FASTDIFF_KERNELS")
-    elif tensor.is_cuda and "triton" in BACKENDS:
-        name = "triton"
+        if name == "triton" and tensor.device.type == "cpu" and not INTERPRETED:
+            raise BackendError(
+                f"{operation}: the triton backend was asked for, but the tensors are on the CPU: move them to a GPU, "
+                "choose reference, or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
+            )
+    else:
+        name = "triton" if tensor.is_cuda else tensor.device.type
     return getattr(BACKENDS.get(name, reference), operation, None) or getattr(reference, operation)
 
 
@@ -55,4 +69,6 @@ def _check(name: str, source: str) -> None:
     if name not in ("reference", "triton"):
         raise ValueError(f"{source}: unknown backend {name!r}; choose reference or triton")
     if name not in BACKENDS:
-        raise BackendError(f"{source}: the triton backend is not available here; choose reference")
+        raise BackendError(
+            f"{source}: the triton backend is not available here ({MISSING}); install triton, or choose reference"
+        )

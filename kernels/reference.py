@@ -56,6 +56,12 @@ def _clamp(x: Tensor, limit: float | Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-threshold, threshold) / threshold
 
 
+def add_noise(x, coef_x, coef_noise, *, seed, sample_ids, step) -> tuple[Tensor, Tensor]:
+    dtype = _working_dtype(x)
+    noise = randn(tuple(x.shape), seed=seed, sample_ids=sample_ids, step=step, device=x.device)
+    return _affine(None, x, noise, None, coef_x, coef_noise, dtype), noise
+
+
 def affine_regression_loss(prediction, z, a, b, *, coef_z, coef_a, coef_b, weight) -> Tensor:
     dtype = _working_dtype(prediction, z, a, b)
     target = _affine(z, a, b, coef_z, coef_a, coef_b, dtype)
@@ -123,7 +129,7 @@ def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     elements = math.prod(shape[1:])
     bits = random_bits(-(-elements // 2) * 2, seed=seed, sample_ids=sample_ids.to(device), step=step)
     uniform = ((bits >> 8).float() + 0.5) * 2.0**-24  # never 0, so its logarithm is finite
-    radius = torch.sqrt(-2 * torch.log(uniform[:, 0::2]))  # Box–Muller
-    turn = 2 * math.pi * uniform[:, 1::2]
+    radius = torch.sqrt(-2 * torch.log(uniform[:, 0::2].double()))  # Box–Muller
+    turn = 2 * math.pi * uniform[:, 1::2].double()  # in float32 the angle alone would be off by 4e-7
     normal = torch.stack((radius * torch.cos(turn), radius * torch.sin(turn)), dim=-1)
-    return normal.flatten(1)[:, :elements].reshape(shape).contiguous()
+    return normal.flatten(1)[:, :elements].reshape(shape).float().contiguous()

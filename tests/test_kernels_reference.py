@@ -345,6 +345,31 @@ def test_affine_update_names_the_argument_that_does_not_fit(change, named):
         kernels.affine_update(**update_arguments() | change)
 
 
+INTEGER = torch.zeros(SHAPE, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"z": INTEGER}, "z must be"),
+        ({"a": INTEGER}, "a must be"),
+        ({"coef_a": torch.ones(3, dtype=torch.int64)}, "coef_a must be"),
+        ({"coef_noise": torch.ones(3, dtype=torch.bool)}, "coef_noise must be"),
+    ],
+    ids=str,
+)
+def test_affine_update_takes_floating_tensors_only(change, named):
+    with pytest.raises(TypeError, match=f"affine_update: {named}"):
+        kernels.affine_update(**update_arguments() | change)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "coef_z", "coef_noise", "sample_ids"])
+def test_affine_update_wants_all_on_one_device(name):
+    arguments = update_arguments()
+    with pytest.raises(ValueError, match=f"affine_update: {name} is on meta"):
+        kernels.affine_update(**arguments | {name: arguments[name].to("meta")})
+
+
 # --- the steps of the samplers ---
 
 FROM, TO, FAR = (
@@ -663,6 +688,7 @@ def only_reference(monkeypatch):
 @pytest.fixture
 def marked_triton(monkeypatch):
     monkeypatch.setattr(backend, "BACKENDS", {"reference": reference, "triton": Marked})
+    monkeypatch.setattr(backend, "INTERPRETED", True)  # so that CPU tensors are fit for it
 
 
 QKV = torch.zeros(1, 2, 3)
@@ -700,6 +726,13 @@ def test_cpu_tensors_run_the_reference_unless_forced(marked_triton, monkeypatch)
     assert kernels.attention(QKV, 1) == "marked"
     with kernels.use("reference"):
         assert isinstance(kernels.attention(QKV, 1), torch.Tensor)
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_triton_on_cpu_tensors_says_what_is_missing():
+    pytest.importorskip("triton")
+    with kernels.use("triton"), pytest.raises(RuntimeError, match="attention: .* move them to a GPU"):
+        kernels.attention(QKV, 1)
 
 
 def test_the_choice_ends_with_its_block_even_after_an_error(marked_triton):

@@ -1,0 +1,96 @@
+"""The one place where Triton kernels start, so that inspection and tests can see what is launched with what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, in NumPy
+MULTIPROCESSORS = 132  # taken where there is no GPU to ask: an H100's
+
+
+class Launch(NamedTuple):
+    """One launch: `arguments` are the kernel's, tensors, numbers, None and constexprs alike, by name."""
+
+    kernel: triton.runtime.jit.KernelInterface
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    num_warps: int
+    num_stages: int | None
+
+
+_listeners: list[Callable[[Launch], None]] = []
+
+
+def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int | None = None, **arguments) -> None:
+    """Run `kernel` on the device of its tensors; where they have no data it is only shown to those who `listen`."""
+    for listener in _listeners:
+        listener(Launch(kernel, grid, arguments, num_warps, num_stages))
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or 0 in grid:
+        return
+    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        kernel[grid](**arguments, **options)
+
+
+def operator(name: str) -> Callable:
+    """Register a function that allocates its results and launches kernels as the operator fastdiff::name.
+
+    It is its own fake implementation, since `launch` starts nothing on tensors without data. Operators know nothing of
+    autograd: a `torch.autograd.Function` calls one forward and one backward, and has no forward-mode derivative, so
+    that `torch.func.jvp` raises.
+    """
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        operator = torch.library.custom_op(f"fastdiff::{name}", function, mutates_args=())
+        operator.register_fake(function)
+        operator.register_autograd(refuse)
+        return operator
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f"fastdiff::{name}: no second derivative; kernels.use('reference') has one")
+
+    return register
+
+
+@contextmanager
+def listen(listener: Callable[[Launch], None]) -> Iterator[None]:
+    """Show every launch within the block to `listener`, before it runs."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side, at least."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The order that a kernel walks x's elements in: channels-last where x is so and not also contiguous."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def aligned(*tensors: Tensor | None, to: Tensor) -> list[Tensor | None]:
+    """The tensors in the memory order of `to`, so that one offset finds an element in all; those that are not are copied."""
+    order = memory_format(to)
+    return [t if t is None else t.contiguous(memory_format=order) for t in tensors]
+
+
+def needs_reference(*tensors: Tensor | None) -> bool:
+    """Whether only the reference can do it: it alone has float64, and samples of 2³¹ elements and more."""
+    return any(t is not None and (t.dtype == torch.float64 or math.prod(t.shape[1:]) >= 2**31) for t in tensors)

@@ -1,0 +1,38 @@
+"""The Triton kernels: in the interpreter (`TRITON_INTERPRET=1 pytest tests/fused`), or on a GPU where there is one.
+
+Triton decides at import whether it interprets, so this folder needs a process of its own and is otherwise not collected.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_HERE = INTERPRETED or torch.cuda.is_available()
+collect_ignore_glob = [] if RUNS_HERE else ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_triton():
+    """Every test here runs the Triton kernels; they reach the reference by its own name."""
+    import kernels
+
+    if INTERPRETED:
+        import shim
+
+        shim.install()
+    with kernels.use("triton"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def pytest_collection_modifyitems(items):
+    if not INTERPRETED:
+        for item in items:
+            if "interpreter" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="looks inside the interpreter: set TRITON_INTERPRET=1"))
