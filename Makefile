@@ -9,8 +9,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m train.demo
 
+# Triton decides when it is imported whether to interpret its kernels: they have a process of their own.
 test: $(READY)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fused
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -156,7 +156,8 @@ class UNet(nn.Module):
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         embedding = F.silu(self.embed(time, label, guidance))
-        z = F.pixel_unshuffle(z, self.config.patch_size)
+        if self.config.patch_size > 1:
+            z = F.pixel_unshuffle(z, self.config.patch_size)
         h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.encoder:
@@ -166,7 +167,8 @@ class UNet(nn.Module):
             h = self._run(stage, h, embedding)
         for stage in self.decoder:
             h = self._run(stage, h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.conv_out(self.norm_out(h, silu=True)), self.config.patch_size).float()
+        out = self.conv_out(self.norm_out(h, silu=True))  # channels-last; shuffling pixels ends that on some devices
+        return (F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out).float()
 
     def embed(self, time: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
         """The embedding of time, label and guidance, before its last SiLU: (B, 4·channels)."""

@@ -1,9 +1,10 @@
 """The operations that fastdiff is made of, each with one contract and interchangeable backends.
 
-CUDA tensors run Triton kernels, others the PyTorch reference, or what is faster on a CPU. `FASTDIFF_KERNELS=reference|triton`
-or `with kernels.use("reference"):` forces one. Coefficients and angles are (B,) tensors; images are (B, C, H, W) in any
-floating dtype, read as they are and combined in float32 (float64 where an input is float64). Autocast changes none of
-this, but for `attention`. The Triton kernels have no second derivative and no forward-mode one: both raise.
+CUDA tensors run Triton kernels, others the PyTorch reference, or what is faster on a CPU.
+`FASTDIFF_KERNELS=reference|triton` or `with kernels.use("reference"):` forces one. Coefficients and angles are (B,)
+tensors; images are (B, C, H, W) in any floating dtype, read as they are and combined in float32 (float64 where an input
+is float64). Autocast changes none of this, but for `attention`. The Triton kernels have no second derivative and no
+forward-mode one: both raise.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         )
     _check_floating("attention", "qkv", qkv)
     device = qkv.device.type
-    if qkv.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if qkv.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
     return implementation("attention", qkv)(qkv, num_heads)
 
@@ -210,13 +211,15 @@ def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     shape: (B, ...); sample_ids: (B,) int64; seed: 64-bit. The stream is Philox 4×32-10 with Box–Muller.
     """
     _check_ids("randn", shape, sample_ids)
-    return implementation("randn", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step, device=device)
+    sample_ids = sample_ids.to(device)
+    return implementation("randn", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step)
 
 
 def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     """Uniforms in [0, 1), float32, keyed like `randn`. The two share words: give them different seeds or steps."""
     _check_ids("rand", shape, sample_ids)
-    return implementation("rand", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step, device=device)
+    sample_ids = sample_ids.to(device)
+    return implementation("rand", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step)
 
 
 def _check_ids(name: str, shape, sample_ids: Tensor, like: Tensor | None = None) -> None:

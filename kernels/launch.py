@@ -86,7 +86,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def aligned(*tensors: Tensor | None, to: Tensor) -> list[Tensor | None]:
-    """The tensors in the memory order of `to`, so that one offset finds an element in all; those that are not are copied."""
+    """The tensors in the memory order of `to`, copied if need be, so that one offset finds an element in all."""
     order = memory_format(to)
     return [t if t is None else t.contiguous(memory_format=order) for t in tensors]
 

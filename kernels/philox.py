@@ -141,9 +141,9 @@ def as_int64(seed: int) -> int:
     return ((seed & (1 << 64) - 1) ^ 1 << 63) - (1 << 63)
 
 
-def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
-    return _noise(list(shape), sample_ids.to(device), as_int64(seed), step, True)
+def randn(shape, *, seed: int, sample_ids: Tensor, step: int) -> Tensor:
+    return _noise(list(shape), sample_ids, as_int64(seed), step, True)
 
 
-def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
-    return _noise(list(shape), sample_ids.to(device), as_int64(seed), step, False)
+def rand(shape, *, seed: int, sample_ids: Tensor, step: int) -> Tensor:
+    return _noise(list(shape), sample_ids, as_int64(seed), step, False)

@@ -44,7 +44,7 @@ def affine_update(z, a, b, *, coef_z, coef_a, coef_b, clip, coef_noise, seed, sa
         if clip.coef_z is not None:
             out = _per_sample(clip.coef_z, z, dtype) * z.to(dtype) + _per_sample(clip.coef_x, z, dtype) * out
     if coef_noise is not None:
-        noise = randn(tuple(z.shape), seed=seed, sample_ids=sample_ids, step=step, device=z.device)
+        noise = randn(tuple(z.shape), seed=seed, sample_ids=sample_ids, step=step)
         out = out + _per_sample(coef_noise, z, dtype) * noise.to(dtype)
     return out.to(out_dtype or dtype)
 
@@ -58,7 +58,7 @@ def _clamp(x: Tensor, limit: float | Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_noise(x, coef_x, coef_noise, *, seed, sample_ids, step) -> tuple[Tensor, Tensor]:
     dtype = _working_dtype(x)
-    noise = randn(tuple(x.shape), seed=seed, sample_ids=sample_ids, step=step, device=x.device)
+    noise = randn(tuple(x.shape), seed=seed, sample_ids=sample_ids, step=step)
     return _affine(None, x, noise, None, coef_x, coef_noise, dtype), noise
 
 
@@ -120,14 +120,14 @@ def random_bits(elements: int, *, seed: int, sample_ids: Tensor, step: int) -> T
     return torch.stack(philox(counter, seed), dim=-1).flatten(1)[:, :elements]
 
 
-def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
-    bits = random_bits(math.prod(shape[1:]), seed=seed, sample_ids=sample_ids.to(device), step=step)
+def rand(shape, *, seed: int, sample_ids: Tensor, step: int) -> Tensor:
+    bits = random_bits(math.prod(shape[1:]), seed=seed, sample_ids=sample_ids, step=step)
     return ((bits >> 8).float() * 2.0**-24).view(shape)
 
 
-def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
+def randn(shape, *, seed: int, sample_ids: Tensor, step: int) -> Tensor:
     elements = math.prod(shape[1:])
-    bits = random_bits(-(-elements // 2) * 2, seed=seed, sample_ids=sample_ids.to(device), step=step)
+    bits = random_bits(-(-elements // 2) * 2, seed=seed, sample_ids=sample_ids, step=step)
     uniform = ((bits >> 8).float() + 0.5) * 2.0**-24  # never 0, so its logarithm is finite
     radius = torch.sqrt(-2 * torch.log(uniform[:, 0::2].double()))  # Box–Muller
     turn = 2 * math.pi * uniform[:, 1::2].double()  # in float32 the angle alone would be off by 4e-7

@@ -65,7 +65,7 @@ def _scale_kernel(out, residual, grad, coefs, n, samples, tiles, BLOCK: tl.const
 def loss(
     prediction: Tensor, z: Tensor | None, a: Tensor, b: Tensor | None, coefs: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(weight·mean((target − prediction)²) (B,), target − prediction in the prediction's dtype, empty unless `keep`)."""
+    """(weight·mean((target − prediction)²) (B,), target − prediction in the prediction's dtype or, not kept, empty)."""
     prediction, z, a, b = aligned(prediction, z, a, b, to=prediction)
     samples, n = prediction.shape[0], math.prod(prediction.shape[1:])
     blocks = triton.cdiv(n, BLOCK)

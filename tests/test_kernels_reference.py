@@ -731,7 +731,7 @@ def test_cpu_tensors_run_the_reference_unless_forced(marked_triton, monkeypatch)
 @pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")
 def test_triton_on_cpu_tensors_says_what_is_missing():
     pytest.importorskip("triton")
-    with kernels.use("triton"), pytest.raises(RuntimeError, match="attention: .* move them to a GPU"):
+    with kernels.use("triton"), pytest.raises(RuntimeError, match=r"attention: .* move them to a GPU"):
         kernels.attention(QKV, 1)
 
 

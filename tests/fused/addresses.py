@@ -67,7 +67,7 @@ def assert_last_program_ends_with_its_tensors(recorded: Launch, monkeypatch, *, 
         tensor = recorded.arguments[name]
         end = tensor.numel() * tensor.element_size()
         if where.size:
-            assert 0 <= where.min(), name
+            assert where.min() >= 0, name
             assert where.max() < end, name
         if tensor.numel() > most:
             large += 1

@@ -1,6 +1,6 @@
 """The Triton kernels: in the interpreter (`TRITON_INTERPRET=1 pytest tests/fused`), or on a GPU where there is one.
 
-Triton decides at import whether it interprets, so this folder needs a process of its own and is otherwise not collected.
+Triton decides at import whether it interprets: this folder needs a process of its own, and is otherwise not collected.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Triton's interpreter, repaired for bfloat16: it truncates where a GPU rounds, and multiplies raw bits in `tl.dot`.
 
-Arithmetic directly on bfloat16 values stays wrong (it works on bit patterns), which is why kernels widen what they load.
+Arithmetic directly on bfloat16 values stays wrong (it works on bit patterns): kernels widen what they load.
 """
 
 import numpy as np

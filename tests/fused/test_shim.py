@@ -69,9 +69,9 @@ def test_the_shim_is_needed(bare_interpreter):
 def test_an_access_out_of_range_is_caught_before_it_happens(beyond):
     x = torch.zeros(16)
     out = torch.zeros(16)
-    with pytest.raises(Exception, match="OutOfRange.*_copy_kernel reads"), traffic():
+    with pytest.raises(Exception, match=r"OutOfRange.*_copy_kernel reads"), traffic():
         launch(_copy_kernel, (1,), out=out, x=x, n=16 + beyond, BLOCK=32)
-    with pytest.raises(Exception, match="OutOfRange.*_copy_kernel writes"), traffic():
+    with pytest.raises(Exception, match=r"OutOfRange.*_copy_kernel writes"), traffic():
         launch(_copy_kernel, (1,), out=out[:-beyond], x=torch.zeros(16), n=16, BLOCK=16)
     assert issubclass(OutOfRange, AssertionError)
 

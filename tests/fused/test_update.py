@@ -133,14 +133,10 @@ def test_the_steps_of_samplers(device, unguided, limit):
     z, v_cond, v_uncond = images((3, 3, 8, 8), (torch.float32, *[torch.bfloat16] * 2), (True,) * 3, device)
     v_uncond = None if unguided else v_uncond
     w = None if unguided else torch.tensor([0.0, 1.0, 4.0], device=device)
-    start, far, end = (
-        torch.tensor([value, 1.0, 0.5], device=device) + off for value, off in ((1.4, 0), (0.2, -0.4), (0.9, -0.1))
-    )
+    start, far, end = torch.tensor([[1.4, 1.0, 0.5], [0.2, 0.6, 0.1], [0.9, 0.9, 0.4]], device=device)
     key = {"seed": 4, "sample_ids": torch.arange(3, device=device), "step": 2}
-    for step, angles, noise in (
-        (kernels.guided_step, (start, end), {}),
-        (kernels.stochastic_step, (start, far, end), key),
-    ):
+    steps = ((kernels.guided_step, (start, end), {}), (kernels.stochastic_step, (start, far, end), key))
+    for step, angles, noise in steps:
         arguments = (z, v_cond, v_uncond, w, *angles)
         expected = on_reference(step, *arguments, clip=limit, **noise)
         assert error(step(*arguments, clip=limit, **noise), expected) < 1e-6
@@ -196,7 +192,9 @@ IMAGE = draw(2, 3, 4, 4)
 IDS = torch.arange(2)
 OPERATIONS = {
     "affine_update": (IMAGE, IMAGE + 1, None, TABLE, True, True, 0.5, True, IDS, 3, 4, torch.bfloat16),
-    "affine_update_backward": (IMAGE, IMAGE, IMAGE, None, TABLE, True, True, None, True, torch.float32, torch.bfloat16, None),
+    "affine_update_backward": (
+        IMAGE, IMAGE, IMAGE, None, TABLE, True, True, None, True, torch.float32, torch.bfloat16, None,
+    ),
     "add_noise": (IMAGE, TABLE, IDS, 1, 2),
     "noise": ([2, 3], IDS, 1, 2, True),
 }  # fmt: skip
