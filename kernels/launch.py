@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU, in NumPy
 MULTIPROCESSORS = 132  # taken where there is no GPU to ask: an H100's
@@ -41,24 +43,49 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
         kernel[grid](**arguments, **options)
 
 
+_library = torch.library.Library("fastdiff", "FRAGMENT")
+
+
 def operator(name: str) -> Callable:
     """Register a function that allocates its results and launches kernels as the operator fastdiff::name.
 
-    It is its own fake implementation, since `launch` starts nothing on tensors without data. Operators know nothing of
-    autograd: a `torch.autograd.Function` calls one forward and one backward, and has no forward-mode derivative, so
-    that `torch.func.jvp` raises.
+    It is its own fake implementation, since `launch` starts nothing on tensors without data. An operator has no
+    derivative and says so: a `Function` calls one forward and another backward. (`torch.library.custom_op` would do the
+    same, but costs five times as much a call, about as long as a small kernel runs.)
     """
 
-    def register(function: Callable) -> torch.library.CustomOpDef:
-        operator = torch.library.custom_op(f"fastdiff::{name}", function, mutates_args=())
-        operator.register_fake(function)
-        operator.register_autograd(refuse)
-        return operator
+    def register(function: Callable) -> Callable:
+        def refuse(ctx, *gradients):
+            raise RuntimeError(f"fastdiff::{name}: no second derivative; kernels.use('reference') has one")
 
-    def refuse(ctx, *gradients):
-        raise RuntimeError(f"fastdiff::{name}: no second derivative; kernels.use('reference') has one")
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, torch.compiler.disable(function), device)
+        torch.library.register_fake(f"fastdiff::{name}", function, lib=_library)
+        torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=_library)
+        return getattr(torch.ops.fastdiff, name).default
 
     return register
+
+
+class Function(torch.autograd.Function):
+    """A differentiable operation, to be called by `run`. It has no forward-mode derivative: `torch.func.jvp` raises."""
+
+    def __init_subclass__(cls) -> None:
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # which `apply` would work out anew in every call
+
+    @classmethod
+    def run(cls, *arguments):
+        """`apply`, or `forward` alone where nobody wants a derivative: `apply` takes longer than many a kernel."""
+        if torch.compiler.is_compiling() or _derivative_wanted(arguments):
+            return cls.apply(*arguments)
+        return cls.forward(*arguments)
+
+
+def _derivative_wanted(arguments: tuple) -> bool:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import aligned, launch, needs_reference, operator
+from .launch import Function, aligned, launch, needs_reference, operator
 from .update import coefficient, have_gradient, load, table
 
 BLOCK = 1024
@@ -94,7 +94,7 @@ def loss_backward(residual: Tensor, grad: Tensor, coefs: Tensor) -> Tensor:
     return out
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(Function):
     @staticmethod
     def forward(*arguments):
         return loss(*arguments)
@@ -118,4 +118,4 @@ def affine_regression_loss(prediction, z, a, b, *, coef_z, coef_a, coef_b, weigh
         )
     z = None if coef_z is None else z
     keep = prediction.requires_grad and torch.is_grad_enabled()
-    return _Loss.apply(prediction, z, a, b, table(coefs), keep)[0]
+    return _Loss.run(prediction, z, a, b, table(coefs), keep)[0]

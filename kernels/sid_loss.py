@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import aligned, launch, needs_reference, operator
+from .launch import Function, aligned, launch, needs_reference, operator
 from .update import load
 
 BLOCK = 1024
@@ -92,7 +92,7 @@ def loss_backward(
     return [g for g in grads if g is not None]
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(Function):
     @staticmethod
     def forward(*arguments):
         return loss(*arguments)
@@ -113,4 +113,4 @@ class _Loss(torch.autograd.Function):
 def sid_generator_loss(teacher_x, fake_x, generated_x, alpha: float) -> Tensor:
     if needs_reference(teacher_x, fake_x, generated_x):
         return reference.sid_generator_loss(teacher_x, fake_x, generated_x, alpha)
-    return _Loss.apply(teacher_x, fake_x, generated_x, float(alpha))[0]
+    return _Loss.run(teacher_x, fake_x, generated_x, float(alpha))[0]

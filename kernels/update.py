@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import aligned, launch, memory_format, needs_reference, operator
+from .launch import Function, aligned, launch, memory_format, needs_reference, operator
 from .philox import as_int64, key, normals_at, normals_in_order
 
 BLOCK = 1024  # 8 elements a thread: 128-bit loads of half-precision tensors
@@ -170,7 +170,7 @@ def update_backward(
     return [g for g in grads if g is not None]
 
 
-class _Update(torch.autograd.Function):
+class _Update(Function):
     @staticmethod
     def forward(*arguments):
         return update(*arguments)
@@ -200,7 +200,7 @@ def affine_update(z, a, b, *, coef_z, coef_a, coef_b, clip, coef_noise, seed, sa
         )  # fmt: skip
     if coef_z is None and clip_z is None:
         z, a = None, a.contiguous(memory_format=memory_format(z))
-    return _Update.apply(
+    return _Update.run(
         z, a, b, table(coefs), coef_z is not None, clip is not None,
         None if clip is None or percentile is not None else float(clip.limit), clip_z is not None,
         None if coef_noise is None else sample_ids.contiguous(), 0 if seed is None else as_int64(seed), step,
@@ -227,7 +227,7 @@ def noised(x: Tensor, coefs: Tensor, sample_ids: Tensor, seed: int, step: int) -
     return out, noise
 
 
-class _AddNoise(torch.autograd.Function):
+class _AddNoise(Function):
     @staticmethod
     def forward(*arguments):
         return noised(*arguments)
@@ -249,4 +249,4 @@ def add_noise(x, coef_x, coef_noise, *, seed, sample_ids, step) -> tuple[Tensor,
     if needs_reference(x) or have_gradient([coef_x, coef_noise]):
         return reference.add_noise(x, coef_x, coef_noise, seed=seed, sample_ids=sample_ids, step=step)
     coefs = table([None, coef_x, None, None, None, coef_noise, None])
-    return _AddNoise.apply(x, coefs, sample_ids.contiguous(), as_int64(seed), step)
+    return _AddNoise.run(x, coefs, sample_ids.contiguous(), as_int64(seed), step)
