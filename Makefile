@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench inspect clean
 
 demo: $(READY)
 	$(BIN)/python -m train.demo
@@ -20,6 +20,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only
+
+inspect: $(READY)
+	$(BIN)/python -m kernels.inspect --markdown docs/kernels.md
 
 clean:
 	rm -rf $(VENV)

@@ -10,22 +10,23 @@ from torch import Tensor
 
 from . import cpu, reference
 
-MISSING = ""
+# A backend is a module with the functions of `reference`; it may lack some, and the next one then serves.
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 try:
-    from . import fused
+    from . import cuda, fused
     from .launch import INTERPRETED
-except ImportError as error:  # without Triton everything runs on the reference
-    fused, INTERPRETED, MISSING = None, False, str(error)
+except ImportError as error:  # without Triton everything else runs on the reference
+    INTERPRETED, MISSING = False, str(error)
+else:
+    BACKENDS |= {"triton": fused, "cuda": cuda}
+    MISSING = ""
+BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class BackendError(RuntimeError):
     """A backend was asked for that does not run here."""
 
 
-# A backend is a module with the functions of `reference`; it may lack some, and the reference then serves.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
-if fused is not None:
-    BACKENDS["triton"] = fused
 _forced: str | None = None
 
 
@@ -60,9 +61,9 @@ def implementation(operation: str, tensor: Tensor) -> Callable:
                 f"{operation}: the triton backend was asked for, but the tensors are on the CPU: move them to a GPU, "
                 "choose reference, or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
             )
-    else:
-        name = "triton" if tensor.is_cuda else tensor.device.type
-    return getattr(BACKENDS.get(name, reference), operation, None) or getattr(reference, operation)
+    order = (name,) if name else BY_DEVICE.get(tensor.device.type, ())
+    candidates = (getattr(BACKENDS.get(name), operation, None) for name in (*order, "reference"))
+    return next(found for found in candidates if found is not None)
 
 
 def _check(name: str, source: str) -> None:

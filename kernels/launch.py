@@ -56,7 +56,7 @@ def operator(name: str) -> Callable:
 
     def register(function: Callable) -> Callable:
         def refuse(ctx, *gradients):
-            raise RuntimeError(f"fastdiff::{name}: no second derivative; kernels.use('reference') has one")
+            raise RuntimeError(_refusal(name))
 
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))
         for device in ("CPU", "CUDA"):
@@ -66,6 +66,34 @@ def operator(name: str) -> Callable:
         return getattr(torch.ops.fastdiff, name).default
 
     return register
+
+
+def _refusal(name: str) -> str:
+    return f"fastdiff::{name}: no second derivative; kernels.use('reference') has one"
+
+
+class _Last(torch.autograd.Function):
+    """An operator whose result cannot be differentiated, and says so, for `torch.func.grad` too."""
+
+    @staticmethod
+    def forward(operator, *arguments):
+        result = operator(*arguments)
+        return tuple(result) if isinstance(result, list) else result
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]._schema.name.removeprefix("fastdiff::")
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(_refusal(ctx.name))
+
+
+def last(operator: Callable, *arguments):
+    """Call an operator in a backward pass, as the end of all derivatives."""
+    if not torch.compiler.is_compiling() and _derivative_wanted(arguments):
+        return _Last.apply(operator, *arguments)
+    return operator(*arguments)
 
 
 class Function(torch.autograd.Function):

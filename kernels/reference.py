@@ -80,7 +80,8 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha: float) -> Tensor:
 
 def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tensor:
     dtype = _working_dtype(x)
-    y = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
+    image = x.to(dtype).contiguous()  # PyTorch's statistics of channels-last float32 images lose digits on a CPU
+    y = F.group_norm(image, num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import Function, aligned, launch, needs_reference, operator
+from .launch import Function, aligned, last, launch, needs_reference, operator
 from .update import coefficient, have_gradient, load, table
 
 BLOCK = 1024
@@ -103,11 +103,12 @@ class _Loss(Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1], inputs[4])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or else the residual would get a gradient of zeros
 
     @staticmethod
     def backward(ctx, grad, _):
         residual, coefs = ctx.saved_tensors
-        return loss_backward(residual, grad, coefs), None, None, None, None, None
+        return None if grad is None else last(loss_backward, residual, grad, coefs), None, None, None, None, None
 
 
 def affine_regression_loss(prediction, z, a, b, *, coef_z, coef_a, coef_b, weight) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import Function, aligned, launch, needs_reference, operator
+from .launch import Function, aligned, last, launch, needs_reference, operator
 from .update import load
 
 BLOCK = 1024
@@ -102,11 +102,14 @@ class _Loss(Function):
         *images, ctx.alpha = inputs
         ctx.save_for_backward(output[1], *images)
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or else ω would get a gradient of zeros
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None
         needed = list(ctx.needs_input_grad[:3])
-        grads = iter(loss_backward(grad, *ctx.saved_tensors, ctx.alpha, needed))
+        grads = iter(last(loss_backward, grad, *ctx.saved_tensors, ctx.alpha, needed))
         return *(next(grads) if need else None for need in needed), None
 
 

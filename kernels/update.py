@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .launch import Function, aligned, launch, memory_format, needs_reference, operator
+from .launch import Function, aligned, last, launch, memory_format, needs_reference, operator
 from .philox import as_int64, key, normals_at, normals_in_order
 
 BLOCK = 1024  # 8 elements a thread: 128-bit loads of half-precision tensors
@@ -185,7 +185,7 @@ class _Update(Function):
     @staticmethod
     def backward(ctx, grad):
         dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
-        grads = iter(update_backward(grad, *ctx.saved_tensors, *ctx.flags, *dtypes))
+        grads = iter(last(update_backward, grad, *ctx.saved_tensors, *ctx.flags, *dtypes))
         return *(None if dtype is None else next(grads) for dtype in dtypes), *[None] * 9
 
 
@@ -237,11 +237,16 @@ class _AddNoise(Function):
         ctx.dtype = inputs[0].dtype
         ctx.save_for_backward(inputs[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or else the noise would get a gradient of zeros
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None, None
         (coefs,) = ctx.saved_tensors
-        (grad_x,) = update_backward(grad, None, None, None, coefs, False, False, None, False, None, ctx.dtype, None)
+        (grad_x,) = last(
+            update_backward, grad, None, None, None, coefs, False, False, None, False, None, ctx.dtype, None
+        )
         return grad_x, None, None, None, None
 
 

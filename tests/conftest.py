@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import TINY, stage2_options
 
 from fastdiff import metrics
-from fastdiff.denoiser import Denoiser
-from fastdiff.unet import UNetConfig
 from train import stage1, stage2, teacher
-
-TINY = UNetConfig((8, 8), 1, 10, channels=8, channel_mult=(1,), blocks=1, middle_attention=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,27 +41,7 @@ def runs(tmp_path_factory, own_cache) -> Runs:
     return made
 
 
-def stage2_options(of: Path, out: Path, **changes) -> stage2.Options:
-    tiny = {"start_steps": 4, "updates": 6, "last_updates": 8, "save_every": 4, "batch_size": 16, "device": "cpu"}
-    return stage2.Options(teacher=of, out=out, **(tiny | changes))
-
-
 @pytest.fixture(scope="session")
 def extractor(own_cache) -> metrics.Extractor:
     """The feature extractor of digits; training it takes seconds, once a session."""
     return metrics.load_extractor("digits")
-
-
-def randomize(denoiser: Denoiser, *, scale: float = 0.3, seed: int = 0) -> Denoiser:
-    """Random values in every parameter, in place, so that no branch is zero as it is in a new network."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return denoiser
-
-
-def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every file, to see whether anything was touched."""
-    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

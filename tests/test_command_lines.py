@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, snapshot
+from common import TINY, snapshot
 from PIL import Image
 
 import kernels

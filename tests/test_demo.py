@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY, snapshot
+from common import TINY, snapshot
 from PIL import Image
 
 from fastdiff.errors import UserError

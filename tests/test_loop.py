@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from common import TINY
 from PIL import Image
 
 from fastdiff import checkpoint, data, distill

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import randomize
+from common import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
