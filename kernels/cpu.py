@@ -26,8 +26,11 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tenso
     if _chunks_pay(x, num_groups, training, plain):
         return _in_chunks(x, num_groups, weight, bias, eps, scale, shift, silu, training)
     if _own_dtype_pays(x, num_groups, training, plain):
-        return _in_own_dtype(x, num_groups, weight, bias, eps, scale, shift, silu, training)
-    return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+        return _by_pytorch(x, num_groups, weight, bias, eps, scale, shift, silu, training)
+    if torch.compiler.is_compiling() or not _is_dense(x):
+        return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+    wide = x.to(_working_dtype(x))  # in x's memory order, which the reference gives up for the sake of precision
+    return _by_pytorch(wide, num_groups, weight, bias, eps, scale, shift, silu, training).to(x.dtype)
 
 
 def _chunks_pay(x: Tensor, num_groups: int, training: bool, plain: bool) -> bool:
@@ -53,8 +56,7 @@ def _own_dtype_pays(x: Tensor, num_groups: int, training: bool, plain: bool) -> 
 
     Scaling and SiLU are slower in half precision too, but save half the memory for the backward pass.
     """
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if torch.compiler.is_compiling() or not (last or x.is_contiguous()):
+    if torch.compiler.is_compiling() or not _is_dense(x):
         return False
     if x.dtype in (torch.float32, torch.float64):
         return True
@@ -63,7 +65,7 @@ def _own_dtype_pays(x: Tensor, num_groups: int, training: bool, plain: bool) -> 
     return x.shape[2] * x.shape[3] >= 1024 and not training
 
 
-def _in_own_dtype(x, num_groups, weight, bias, eps, scale, shift, silu, training) -> Tensor:
+def _by_pytorch(x, num_groups, weight, bias, eps, scale, shift, silu, training) -> Tensor:
     dtype = _working_dtype(x)  # of the parameters, because PyTorch keeps the statistics in theirs
     if not weight.dtype == bias.dtype == dtype:
         weight, bias = weight.to(dtype), bias.to(dtype)
@@ -83,6 +85,10 @@ def _in_chunks(x, num_groups, weight, bias, eps, scale, shift, silu, training) -
     run = _GroupNorm.apply if training else _GroupNorm.forward  # `apply` alone takes as long as ten small operations
     y, _ = run(x.permute(0, 2, 3, 1).flatten(1, 2), gain, offset, _Options(num_groups, eps, silu))
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

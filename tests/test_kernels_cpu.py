@@ -270,11 +270,15 @@ def test_works_on_fake_tensors(chunked, dtype):
 
 
 def ways(monkeypatch, x, groups, **options):
-    """Which of the ways `kernels.group_norm` takes."""
+    """Which of the ways `kernels.group_norm` takes, and whether it widens x for it."""
     taken = []
-    for module, name in ((cpu, "_in_chunks"), (cpu, "_in_own_dtype"), (reference, "group_norm")):
+
+    def note(name, image):
+        taken.append(name if image.dtype == x.dtype else f"{name} in {str(image.dtype).removeprefix('torch.')}")
+
+    for module, name in ((cpu, "_in_chunks"), (cpu, "_by_pytorch"), (reference, "group_norm")):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, _f=function, _n=name, **k: (taken.append(_n), _f(*a, **k))[1])
+        monkeypatch.setattr(module, name, lambda *a, _f=function, _n=name, **k: (note(_n, a[0]), _f(*a, **k))[1])
     weight = torch.ones(x.shape[1], requires_grad=options.pop("training", False))
     kernels.group_norm(x, groups, weight, torch.zeros(x.shape[1]), **options)
     monkeypatch.undo()
@@ -294,9 +298,9 @@ def test_other_inputs_run_where_pytorch_is_fast(monkeypatch):
     last = {"memory_format": CHANNELS_LAST}
     x = torch.zeros(64, 32, 8, 8)
     for fast in (x, x.contiguous(**last)[:1], x.double().contiguous(**last)):
-        assert ways(monkeypatch, fast, 32) == ["_in_own_dtype"]
-    assert ways(monkeypatch, x.contiguous(**last), 4) == ["_in_own_dtype"]
+        assert ways(monkeypatch, fast, 32) == ["_by_pytorch"]
+    assert ways(monkeypatch, x.contiguous(**last), 4) == ["_by_pytorch"]
     assert ways(monkeypatch, x.transpose(2, 3), 32) == ["group_norm"]
-    assert ways(monkeypatch, x.bfloat16(), 32) == ["_in_own_dtype"]
-    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 2) == ["_in_own_dtype"]
-    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 4) == ["group_norm"]
+    assert ways(monkeypatch, x.bfloat16(), 32) == ["_by_pytorch"]
+    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 2) == ["_by_pytorch"]
+    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 4) == ["_by_pytorch in float32"]
