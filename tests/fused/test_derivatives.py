@@ -56,3 +56,21 @@ def test_results_that_nobody_differentiates_need_no_graph(name):
     assert not OPERATIONS[name](X).requires_grad
     with torch.no_grad():
         assert not OPERATIONS[name](X.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "attention"])
+def test_autocast_changes_nothing_but_attention(name):
+    plain = OPERATIONS[name](X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(OPERATIONS[name](X), plain)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_autocast_gives_attention_its_dtype(backend):
+    qkv = draw(2, 4, 24)
+    with kernels.use(backend), torch.autocast("cpu", torch.bfloat16):
+        ours = kernels.attention(qkv, 1)
+        assert ours.dtype == torch.bfloat16
+        assert torch.equal(ours, kernels.attention(qkv.bfloat16(), 1))
+        assert kernels.attention(qkv.half(), 1).dtype == torch.float16
+    assert kernels.attention(qkv, 1).dtype == torch.float32
