@@ -191,8 +191,8 @@ def group_norm(
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """softmax(q·kᵀ/√d)·v over all tokens: (B, N, 3·C), packed as q, k, v with heads inside each -> (B, N, C).
 
-    Returns qkv's dtype; under autocast, float32 is cast to the dtype of autocast first. Raises ValueError on a shape
-    that heads do not divide.
+    Returns qkv's dtype; under autocast qkv is cast to that dtype first, as for PyTorch's attention. Raises ValueError
+    on a shape that heads do not divide.
     """
     if qkv.ndim != 3 or num_heads <= 0 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
@@ -200,7 +200,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         )
     _check_floating("attention", "qkv", qkv)
     device = qkv.device.type
-    if qkv.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
     return implementation("attention", qkv)(qkv, num_heads)
 

@@ -72,5 +72,6 @@ def test_autocast_gives_attention_its_dtype(backend):
         ours = kernels.attention(qkv, 1)
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, kernels.attention(qkv.bfloat16(), 1))
-        assert kernels.attention(qkv.half(), 1).dtype == torch.float16
+        assert kernels.attention(qkv.half(), 1).dtype == torch.bfloat16
+        assert kernels.attention(qkv.double(), 1).dtype == torch.float64
     assert kernels.attention(qkv, 1).dtype == torch.float32
