@@ -1,0 +1,108 @@
+"""What an update holds in memory at most, counted by the storages that are alive."""
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdiff import distill
+from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
+from fastdiff.unet import PRESETS
+from train.loop import LoopOptions, Updater
+from train.stage1 import student_of
+
+BATCH = 64
+IMAGES = 8 * BATCH * 64 * 4  # bytes of eight batches of images: z, the teacher's velocities, the target, …
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations have made and that are still alive; `peak` is the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self.note(tensor, counts=False)  # made before, if not seen before
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            self.note(tensor, counts=True)
+        return result
+
+    def note(self, tensor, counts):
+        if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
+            storage = tensor.untyped_storage()
+            self.sizes[key] = storage.nbytes() if counts else 0
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key)
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def test_live_bytes_are_those_of_the_tensors_alive():
+    before = torch.ones(1000)
+    with LiveBytes() as live:
+        before.view(10, 100)
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        third = second.view(10, 100)
+        assert (live.now, live.peak) == (4000, 8000)
+        del second
+        assert live.now == 4000
+        del third
+        assert live.now == 0
+
+
+def weights(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def peak_of_update(model: Denoiser, loss) -> int:
+    """Most bytes above the weights of all models during the second update (the first makes the optimizer's state)."""
+    options = LoopOptions(out=Path("unused"), batch_size=BATCH, warmup=0)
+    trained = Denoiser(model.config)
+    trained.load_state_dict(model.state_dict())
+    updater = Updater(options, trained, loss)
+    x = torch.zeros(BATCH, 1, 8, 8).contiguous(memory_format=torch.channels_last)
+    batch = distill.Batch(x, torch.arange(BATCH) % 10, torch.arange(BATCH), seed=0)
+    updater.update(batch)
+    with LiveBytes() as live:
+        updater.update(batch)
+    return live.peak
+
+
+def one_pass(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
+    """The least that an update can be: one call of the student, and back."""
+    angle = torch.full((BATCH,), 0.5)
+    return model(batch.x, angle, batch.label, angle).square().flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    teacher = Denoiser(DenoiserConfig(PRESETS["digits"])).requires_grad_(False)
+    return teacher, student_of(teacher, (0.0, 4.0))
+
+
+def test_an_update_of_stage_2_holds_the_activations_of_one_student(models):
+    """Beside both models' weights: what one forward and backward pass of the student holds, and a few images."""
+    _, student = models
+    teacher = student_of(models[0], (0.0, 4.0)).requires_grad_(False)
+    plain = peak_of_update(student, one_pass)
+    ours = peak_of_update(student, lambda m, b: distill.stage2(m, teacher, b, steps=8, guidance_range=(0.0, 4.0)))
+    assert ours <= plain + IMAGES
+    assert plain > weights(student)  # gradients, and activations
+
+
+def test_an_update_of_stage_1_holds_the_activations_of_one_student(models):
+    teacher, student = models
+    plain = peak_of_update(student, one_pass)
+    ours = peak_of_update(student, lambda m, b: distill.stage1(m, Guided(teacher), b, guidance_range=(0.0, 4.0)))
+    assert ours <= plain + IMAGES
