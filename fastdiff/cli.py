@@ -19,7 +19,11 @@ COMMANDS = {
     "teacher": ("train.teacher", "train a class-conditional teacher with label dropping"),
     "stage1": ("train.stage1", "distil guidance into one network that takes w"),
     "stage2": ("train.stage2", "halve the number of steps again and again"),
+    "encoder": ("train.encoder", "distil DDIM's way from image to noise"),
+    "two_student": ("train.two_student", "the baseline that distils without guidance inside"),
     "sample": ("fastdiff.sample", "draw images from a checkpoint"),
+    "translate": ("fastdiff.translate", "turn pictures of one class into another"),
+    "compare": ("fastdiff.compare", "every method of the paper on one teacher, in tables and figures"),
     "evaluate": ("fastdiff.evaluate", "score a checkpoint: Fréchet distance, score, images per second"),
 }
 

@@ -14,7 +14,7 @@ from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
-KINDS = ("teacher", "stage1", "stage2")
+KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DenoiserConfig:
     schedule: schedule.Schedule = field(default_factory=schedule.CosineSchedule)
     parameterization: str = "v"
     kind: str = "teacher"
-    """Which recipe trained it: "teacher", "stage1" or "stage2"."""
+    """Which recipe trained it, one of KINDS."""
     guidance_range: tuple[float, float] | None = None
     """The w that it was trained for; None: no guidance inside, use `Guided`."""
     sampler: str = "ddim"

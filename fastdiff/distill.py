@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import kernels
 from fastdiff import rotation
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.samplers import Model, velocity
 
 TRAINING_STREAM = 1 << 31  # samplers use the streams below it
 NOISE, LABEL_DROP = TRAINING_STREAM, TRAINING_STREAM + 1
 TIME, GUIDANCE = 0, 1
+HALF_STEPS = {"ddim": 0.5, "stochastic": 1.0}  # a student's half step, in units of 1/N
 # Additive recurrences with these steps fill the unit square evenly: consecutive samples cover all times and
 # strengths, each marginally uniform. (1/p and 1/p² for the plastic number p.)
 IRRATIONALS = (0.7548776662466927, 0.5698402909980532)
@@ -91,24 +92,72 @@ def stage1(
 
 def stage2(
     student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
-    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
+    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc", sampler: str = "ddim",
 ) -> Tensor:  # fmt: skip
     """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2).
 
-    The teacher's x̂ is not clipped: its errors around a limit of the range would all come to lie on one side, and each
-    round would add to that bias. The x̂ that the student learns is a convex combination of its teacher's two.
+    sampler: "ddim", or "stochastic" for that sampler's steps, twice as long ([GD] alg. 3). The teacher's x̂ is not
+    clipped: its errors around a limit of the range would all come to lie on one side, and each round would add to that
+    bias. The x̂ that the student learns is a convex combination of its teacher's two.
     """
     index = torch.floor(batch.uniform(TIME) * steps) + 1  # (B,) in 1..N
-    a, m, e = (student.schedule.angle((index - back) / steps) for back in (0, 0.5, 1))
-    e = torch.where(index == 1, 0.0, e)
+    if sampler not in HALF_STEPS:
+        raise ValueError(f"unknown sampler {sampler!r}; students are trained for {' or '.join(HALF_STEPS)}")
+    half = HALF_STEPS[sampler]
+    a, m, e = (student.schedule.angle((index - back).clamp(min=0) / steps) for back in (0, half, 2 * half))
+    m, e = (torch.where(index <= back, 0.0, angle) for back, angle in ((half, m), (2 * half, e)))
+    return _two_steps(student, teacher, batch, (a, m, e), batch.guidance(guidance_range), weight)
+
+
+def encoder(
+    student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
+    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
+) -> Tensor:  # fmt: skip
+    """One step up of an N-step encoder against two DDIM steps; t = i/N, i ~ U{0..N − 1} ([GD] algorithm 4)."""
+    index = torch.floor(batch.uniform(TIME) * steps)  # (B,) in 0..N − 1
+    angles = tuple(student.schedule.angle((index + up) / steps) for up in (0, 0.5, 1))
+    return _two_steps(student, teacher, batch, angles, batch.guidance(guidance_range), weight)
+
+
+def _two_steps(
+    student: Denoiser,
+    teacher: Model,
+    batch: Batch,
+    angles: tuple[Tensor, Tensor, Tensor],
+    w: Tensor | None,
+    weight: str,
+) -> Tensor:
+    """The student at angle a against its teacher's two steps a -> m -> e in one; m = e = 0 makes them one."""
+    a, m, e = angles
     z, _ = batch.noised(a)
-    w = batch.guidance(guidance_range)
     with torch.no_grad():
         v1 = velocity(teacher, z, a, batch.label, w).apply(z)
         z1 = rotation.rotate(z, v1, a - m)
-        v2 = velocity(teacher, z1, m, batch.label, w).apply(z1)
+        v2 = velocity(teacher, z1, torch.where(m > 0, m, a), batch.label, w).apply(z1)  # without effect where m = 0
     c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
     return _regression(student, z, a, batch.label, w, Target(c_z, v1, c_1, v2, c_2), weight)
+
+
+def two_student(
+    student: Denoiser, teacher: Denoiser, batch: Batch, *, steps: int, guidance: float, weight: str = "snr_trunc"
+) -> Tensor:
+    """Conditional and unconditional model distilled side by side, without w inside: the baseline of [GD] section 3.
+
+    The guided teacher takes the first of two DDIM steps; from there each of its two models takes the second, and the
+    student's own (label, and null class) learns what leads there at once. Guided, the student is then exact again.
+    """
+    index = torch.floor(batch.uniform(TIME) * steps) + 1
+    a, m, e = (student.schedule.angle((index - back) / steps) for back in (0, 0.5, 1))
+    e = torch.where(index == 1, 0.0, e)
+    z, _ = batch.noised(a)
+    labels = torch.cat([batch.label, torch.full_like(batch.label, student.num_classes)])
+    with torch.no_grad():
+        v1 = Guided(teacher)(z, a, batch.label, torch.full_like(a, guidance, dtype=torch.float32))
+        z1 = rotation.rotate(z, v1, a - m)
+        v2 = teacher(torch.cat([z1, z1]), m.repeat(2), labels)
+    c_z, c_1, c_2 = (c.repeat(2) for c in rotation.two_step_target(a, m, e))
+    target = Target(c_z, torch.cat([v1, v1]), c_1, v2, c_2)
+    return _regression(student, torch.cat([z, z]), a.repeat(2), labels, None, target, weight).view(2, -1).mean(0)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Reference:
 
 def evaluate(
     model: nn.Module, reference: Reference, *, name: str, guidance: float, steps: int, num: int, sampler: str = "ddim",
-    seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
+    variance: float = 0.3, seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
 ) -> dict:  # fmt: skip
     """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
     labels = None
@@ -52,7 +52,7 @@ def evaluate(
         labels = torch.from_numpy(reference.dataset.labels[evenly.numpy()])
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
     chunks = generate(
-        model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, seed=seed,
+        model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, variance=variance, seed=seed,
         batch_size=batch_size, clip=clip, precision=precision,
     )  # fmt: skip
     while True:
@@ -114,7 +114,7 @@ def main(options: Options) -> None:
         raise UserError("--num 1: a score needs at least 2 images")
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
-    model, steps = options.model()
+    model, steps, sampler = options.model()
     for guidance in options.guidance:
         check_guidance(model, guidance)
     check_output(options.out, options.overwrite, file=True)
@@ -124,8 +124,8 @@ def main(options: Options) -> None:
     for guidance in options.guidance:
         rows.append(evaluate(
             model, reference, name=str(options.checkpoint), guidance=guidance, steps=steps, num=options.num,
-            sampler=options.sampler, seed=options.seed, batch_size=options.batch_size, clip=options.clip,
-            precision=options.precision,
+            sampler=sampler, variance=options.variance, seed=options.seed, batch_size=options.batch_size,
+            clip=options.clip, precision=options.precision,
         ))  # fmt: skip
         print(json.dumps(rows[-1]))
     options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")

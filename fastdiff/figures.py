@@ -73,9 +73,56 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _subplots(columns: int, **options):
-    """A row of axes on a figure that needs no display; matplotlib is imported here because it takes a second."""
+def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
+    """FD (upper row) and score (lower row) against steps, one column a guidance strength, one line a method."""
+    strengths = sorted({row["guidance"] for row in rows})
+    figure, axes = _subplots(len(strengths), rows=2, figsize=(3.6 * len(strengths), 6.4), sharey="row", sharex=True)
+    methods = list(dict.fromkeys(row["model"] for row in rows))
+    for column, strength in enumerate(strengths):
+        for axis, key in zip(axes[:, column], ("fd", "score"), strict=True):
+            for color, model in enumerate(methods):
+                here = [r for r in rows if r["model"] == model and r["guidance"] == strength]
+                points = sorted((r["steps"], r[key]) for r in here)
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{color}", label=model)
+            axis.set(xscale="log", yscale="log" if key == "fd" else "linear")
+            axis.grid(alpha=0.3)
+        axes[0][column].axhline(floor, color="grey", linestyle=":", linewidth=1)
+        axes[0][column].set_title(f"guidance w = {strength:g}")
+        axes[1][column].set_xlabel("sampling steps")
+    axes[0][0].set_ylabel("Fréchet distance")
+    axes[1][0].set_ylabel("score")
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
+    """Score against FD, each line one method and step count over the guidance strengths; one panel a step count."""
+    counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)]
+    figure, axes = _subplots(len(counts), figsize=(3.6 * len(counts), 3.6), sharey=True)
+    most = max(row["steps"] for row in rows)
+    for axis, steps in zip(axes[0], counts, strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            for count, style in ((steps, "-"), (most, ":")):
+                points = [
+                    (r["guidance"], r["fd"], r["score"]) for r in rows if (r["model"], r["steps"]) == (model, count)
+                ]
+                if len(points) > 1:
+                    _, fd, score = zip(*sorted(points), strict=True)
+                    axis.plot(fd, score, style, marker="o", markersize=3, label=f"{model}, {count} steps")
+        axis.set(xscale="log", xlabel="Fréchet distance", title=f"{steps} step{'s' * (steps > 1)}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    axes[0][0].set_ylabel("score")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _subplots(columns: int, *, rows: int = 1, **options):
+    """Rows of axes on a figure that needs no display; matplotlib is imported here because it takes a second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=options.pop("figsize"))
-    return figure, figure.subplots(1, columns, squeeze=False, **options)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from fastdiff import checkpoint, cli, data, figures, samplers
 from fastdiff.denoiser import Denoiser, with_guidance
 from fastdiff.errors import UserError
 
-SAMPLERS = {"ddim": samplers.ddim}
+SAMPLERS = {"ddim": samplers.ddim, "stochastic": samplers.stochastic, "ancestral": samplers.ancestral}
 TEACHER_STEPS = 64  # where neither the user nor the checkpoint says how many
 INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later streams
 
@@ -30,15 +31,16 @@ INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later str
 @torch.no_grad()
 def generate(
     model: nn.Module, *, num: int, labels: Tensor | None = None, noise_ids: Tensor | None = None,
-    guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", seed: int = 0,
+    guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", variance: float = 0.3, seed: int = 0,
     batch_size: int = 256, clip: bool = True, precision: str = "fp32",
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
     labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
     int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
-    clip: limit x̂ to [−1, 1] in every step.
+    variance: the ancestral sampler's γ. clip: limit x̂ to [−1, 1] in every step.
     """
+    draw = partial(samplers.ancestral, variance=variance) if sampler == "ancestral" else SAMPLERS[sampler]
     device = next(model.parameters()).device
     ids = torch.arange(num) if noise_ids is None else noise_ids
     if labels is None and model.num_classes:
@@ -50,11 +52,11 @@ def generate(
             (len(here), *model.image_shape), seed=seed, sample_ids=here, step=INITIAL_NOISE, device=device
         )
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            images = SAMPLERS[sampler](
+            images = draw(
                 model, noise.contiguous(memory_format=torch.channels_last),
                 None if labels is None else labels[part].to(device),
                 guidance[part] if isinstance(guidance, Tensor) else guidance, steps,
-                schedule=model.schedule, clip=1.0 if clip else None, seed=seed,
+                schedule=model.schedule, clip=1.0 if clip else None, seed=seed, sample_ids=here,
             )  # fmt: skip
         yield images  # outside of autocast, which would otherwise reach the caller
 
@@ -67,7 +69,12 @@ class SamplingOptions:
     """A checkpoint's folder, or a run's (its newest checkpoint)."""
     steps: int | None = None
     """Sampling steps; default: what the checkpoint was trained for, 64 for teachers."""
-    sampler: Literal["ddim"] = "ddim"
+    sampler: Literal["ddim", "stochastic", "ancestral"] | None = None
+    """Default: what the checkpoint was trained for, ddim for teachers."""
+    variance: float = 0.3
+    """γ of the ancestral sampler, in [0, 1]: its variance between the lower and the upper bound, in the logarithm."""
+    force: bool = False
+    """Use a sampler that the checkpoint was not trained for."""
     clip: bool = True
     """Limit the predicted image to [−1, 1] in every step."""
     seed: int = 0
@@ -78,24 +85,37 @@ class SamplingOptions:
     overwrite: bool = False
     """Replace the output if it is there already."""
 
-    def model(self) -> tuple[Denoiser | nn.Module, int]:
-        """The model to sample from and its number of steps. Raises UserError."""
+    def model(self) -> tuple[Denoiser | nn.Module, int, str]:
+        """The model to sample from, its number of steps and its sampler. Raises UserError."""
         for name in ("steps", "batch_size", "num"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not 0 <= self.variance <= 1:
+            raise UserError(f"--variance must be in [0, 1], got {self.variance}")
         check_device(self.device)
         denoiser = checkpoint.load(self.checkpoint, device=self.device)
-        trained = denoiser.config.steps
+        trained, sampler = denoiser.config.steps, denoiser.config.sampler
+        if denoiser.config.kind == "encoder":
+            raise UserError(f"{self.checkpoint} is an encoder, which makes noise of images: use fastdiff.translate")
+        if trained is not None and self.sampler not in (None, sampler) and not self.force:
+            raise UserError(
+                f"--sampler {self.sampler}: {self.checkpoint} was trained for the {sampler} sampler: "
+                "leave the option out, or use another all the same with --force"
+            )
         if self.steps is not None and trained is not None and self.steps != trained:
             warn(f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse")
-        return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS
+        return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS, self.sampler or sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
-    guidance: float = 0.0
-    """Guidance strength w ≥ 0; 0 is the plain conditional model (other libraries' scale minus 1)."""
+    guidance: tuple[float, ...] = (0.0,)
+    """Guidance strength w ≥ 0; 0 is the plain conditional model (other libraries' scale minus 1). Several: in turn."""
+    guidance_range: tuple[float, float] | None = None
+    """Spread w evenly from the first number to the second over the images, instead of --guidance."""
+    sweep: bool = False
+    """One row of the grid for each w of --guidance, with the same --num noises and classes in all."""
     num: int = 64
     labels: tuple[int, ...] = ()
     """Classes, repeated as needed; default: all in turn."""
@@ -105,41 +125,67 @@ class Options(SamplingOptions):
 
 def main(options: Options) -> None:
     """Draw images from a checkpoint."""
-    model, steps = options.model()
-    check_guidance(model, options.guidance)
+    model, steps, sampler = options.model()
+    guidance = _guidance(options)
+    for w in guidance.unique().tolist():
+        check_guidance(model, w)
     is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     check_output(options.out, options.overwrite, file=is_grid)
-    labels = _labels(options, model.num_classes)
+    num, ids = len(guidance), torch.arange(len(guidance)) % options.num
+    labels = _labels(options, model.num_classes)[ids] if model.num_classes or options.labels else None
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
-    bar = tqdm(total=options.num, unit="image", desc="sampling", disable=options.num <= options.batch_size)
+    bar = tqdm(total=num, unit="image", desc="sampling", disable=num <= options.batch_size)
     for images in generate(
-        model, num=options.num, labels=labels, guidance=options.guidance, steps=steps, sampler=options.sampler,
-        seed=options.seed, batch_size=options.batch_size, clip=options.clip, precision=options.precision,
+        model, num=num, labels=labels, noise_ids=ids, guidance=guidance, steps=steps, sampler=sampler,
+        variance=options.variance, seed=options.seed, batch_size=options.batch_size, clip=options.clip,
+        precision=options.precision,
     ):  # fmt: skip
         if is_grid:
             chunks.append(data.to_uint8(images).cpu())
         else:
-            for picture in data.to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1):
-                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
-                    options.out / f"{written:06d}.png"
-                )
+            for picture in images:
+                save_image(picture, options.out / f"{written:06d}.png")
                 written += 1
         bar.update(len(images))
     bar.close()
     seconds = time.perf_counter() - start
     if is_grid:
-        columns = (
-            model.num_classes
-            if 1 < model.num_classes <= 20 and not options.labels
-            else math.ceil(math.sqrt(options.num))
-        )
-        figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=min(columns, options.num))
-    calls = (model.network_rows - rows_before) / options.num
+        figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=_columns(options, model.num_classes))
+    calls = (model.network_rows - rows_before) / num
     print(
-        f"{options.num} images in {steps} {options.sampler} steps, {calls:g} network calls an image, "
-        f"{options.num / seconds:.1f} images/s -> {options.out}"
+        f"{num} images in {steps} {sampler} steps, {calls:g} network calls an image, "
+        f"{num / seconds:.1f} images/s -> {options.out}"
     )
+
+
+def _guidance(options: Options) -> Tensor:
+    """w of each image, (images,) float32; a sweep has --num images for each w. Raises UserError."""
+    if not options.guidance:
+        raise UserError("--guidance needs at least one number")
+    if options.guidance_range is not None:
+        if options.sweep:
+            raise UserError("--sweep takes the strengths of --guidance, not a --guidance-range: list them")
+        return torch.linspace(*options.guidance_range, options.num)
+    guidance = torch.tensor(options.guidance)
+    return guidance.repeat_interleave(options.num) if options.sweep else _repeated(guidance, options.num)
+
+
+def _repeated(values: Tensor, num: int) -> Tensor:
+    return values.repeat(-(-num // len(values)))[:num]
+
+
+def _columns(options: Options, num_classes: int) -> int:
+    if options.sweep:
+        return options.num
+    by_class = 1 < num_classes <= 20 and not options.labels
+    return min(num_classes if by_class else math.ceil(math.sqrt(options.num)), options.num)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """One image (C, H, W) in [−1, 1] as a picture file."""
+    pixels = data.to_uint8(image[None])[0].cpu().numpy().transpose(1, 2, 0)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
 
 
 def check_device(name: str) -> None:
@@ -190,13 +236,12 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _labels(options: Options, num_classes: int) -> Tensor | None:
-    if not options.labels:
-        return None
+def _labels(options: Options, num_classes: int) -> Tensor:
+    """The classes of --num images. Raises UserError for one that the model does not have."""
     wrong = [label for label in options.labels if not 0 <= label < num_classes]
     if wrong:
         raise UserError(f"--labels {wrong[0]}: {options.checkpoint} has {num_classes} classes, 0 to {num_classes - 1}")
-    return torch.tensor(options.labels).repeat(-(-options.num // len(options.labels)))[: options.num]
+    return _repeated(torch.tensor(options.labels or range(num_classes)), options.num)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,95 @@ OnStep = Callable[[int, Tensor], None]
 
 def ddim(
     model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, on_step: OnStep | None = None,
+    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:  # fmt: skip
     """DDIM in `steps` steps from φ(1) to 0 ([GD] eq. 4): (B, C, H, W) noise -> images of the same shape, float32.
 
-    guidance: w as a number or (B,); None is 0. clip: limit on x̂ in every step. seed is unused: the sampler is
-    deterministic, and takes it so that samplers are interchangeable. on_step(i, z) is called after each step, i = steps
-    down to 1. Raises ValueError for steps < 1.
+    guidance: w as a number or (B,); None is 0. clip: limit on x̂ in every step. seed, sample_ids ((B,) int64, default
+    0, 1, …): the key of the noise of samplers that need some; unused here, so that samplers are interchangeable.
+    on_step(i, z) is called after each step, i = steps down to 1. Raises ValueError for steps < 1.
     """
     guidance = as_guidance(guidance, noise)
     z = noise
-    for i, angles in _grid(schedule, steps):
-        start, end = (torch.full(z.shape[:1], angle, dtype=torch.float64, device=z.device) for angle in angles)
-        z = _step(model, z, start, label, guidance, *rotation.ddim(start, end), clip)
+    for i, angle in _grid(schedule, steps, z):
+        z = _step(model, z, angle(i), label, guidance, *rotation.ddim(angle(i), angle(i - 1)), clip)
         if on_step is not None:
             on_step(i, z)
+    return z
+
+
+def stochastic(
+    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
+    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
+    """Steps twice as long as DDIM's, each followed by noising half of the way back up ([GD] section 3.3).
+
+    Arguments as for `ddim`; `steps` network calls. The step from φ(i/N) goes to φ((i−2)/N), the noise back to
+    φ((i−1)/N); the last goes to 0. It fits a student trained for it, or a teacher.
+    """
+    guidance = as_guidance(guidance, noise)
+    z = noise
+    for i, angle in _grid(schedule, steps, z):
+        far = angle(max(i - 2, 0))
+        c_z, c_x = rotation.ddim(angle(i), far)
+        keep, std = rotation.noise_back(far, angle(i - 1))  # (1, 0) in the last step
+        z = _step(
+            model, z, angle(i), label, guidance, keep * c_z, keep * c_x, clip,
+            **({} if i == 1 else _noise(std, z, seed, sample_ids, i)),
+        )  # fmt: skip
+        if on_step is not None:
+            on_step(i, z)
+    return z
+
+
+def ancestral(
+    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
+    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None, variance: float = 0.3,
+) -> Tensor:  # fmt: skip
+    """DDPM's sampler: each step draws from q(z_s | z_t, x̂) with a variance between its two bounds; the last returns x̂.
+
+    Arguments as for `ddim`. variance: γ in [0, 1], between the lower and the upper bound in the logarithm; [GD] takes
+    0.3 for guided models. Raises ValueError outside.
+    """
+    if not 0 <= variance <= 1:
+        raise ValueError(f"ancestral: variance must be in [0, 1], got {variance}")
+    guidance = as_guidance(guidance, noise)
+    z = noise
+    for i, angle in _grid(schedule, steps, z):
+        c_z, c_x, std = rotation.ancestral(angle(i), angle(i - 1), variance)
+        z = _step(
+            model, z, angle(i), label, guidance, c_z, c_x, clip,
+            **({} if i == 1 else _noise(std, z, seed, sample_ids, i)),
+        )  # fmt: skip
+        if on_step is not None:
+            on_step(i, z)
+    return z
+
+
+def encode(
+    model: Model, images: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
+    schedule: Schedule, on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
+    """DDIM backwards in `steps` steps from an image, taken as z at φ(0), up to its noise at φ(1) ([GD] section 5).
+
+    Arguments as for `ddim`; images (B, C, H, W) in [−1, 1]. on_step(i, z) is called with i = 1 to steps.
+    """
+    guidance = as_guidance(guidance, images)
+    z = images
+    _check_steps(steps)
+    for i in range(steps):
+        start, end = _at(schedule, i / steps, z), _at(schedule, (i + 1) / steps, z)
+        v = velocity(model, z, start, label, guidance)
+        cos, sin = torch.cos(end - start), torch.sin(end - start)
+        z = kernels.affine_update(
+            z, v.a, v.b, coef_z=cos + sin * v.coef_z, coef_a=sin * v.coef_a,
+            coef_b=None if v.b is None else sin * v.coef_b,
+        )  # fmt: skip
+        if on_step is not None:
+            on_step(i + 1, z)
     return z
 
 
@@ -59,16 +133,33 @@ def as_guidance(guidance: Tensor | float | None, like: Tensor) -> Tensor | None:
     return guidance.to(like.device, torch.float32)
 
 
-def _grid(schedule: Schedule, steps: int):
-    """(i, (φ(i/N), φ((i−1)/N))) for i = N..1; the last step goes to 0."""
+def _grid(schedule: Schedule, steps: int, z: Tensor):
+    """(i, angle) for i = steps..1, where angle(i) is φ(i/steps) as (B,) float64, and 0 for i = 0."""
+    _check_steps(steps)
+
+    def angle(i: int) -> Tensor:
+        return _at(schedule, i / steps, z) if i else z.new_zeros(z.shape[:1], dtype=torch.float64)
+
+    return ((i, angle) for i in range(steps, 0, -1))
+
+
+def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got {steps}")
-    angles = [0.0] + [schedule.angle(i / steps) for i in range(1, steps + 1)]
-    return [(i, (angles[i], angles[i - 1])) for i in range(steps, 0, -1)]
 
 
-def _step(model, z, angle, label, guidance, c_z: Tensor, c_x: Tensor, clip: float | None) -> Tensor:
-    """c_z·z + c_x·clip(x̂), with x̂ = cos φ·z − sin φ·v, in one pass over the data."""
+def _at(schedule: Schedule, t: float, z: Tensor) -> Tensor:
+    return torch.full(z.shape[:1], schedule.angle(t), dtype=torch.float64, device=z.device)
+
+
+def _noise(std: Tensor, z: Tensor, seed: int, sample_ids: Tensor | None, step: int) -> dict:
+    """The arguments of `kernels.affine_update` that add noise; each step has its own stream."""
+    ids = torch.arange(len(z), device=z.device) if sample_ids is None else sample_ids
+    return {"coef_noise": std, "seed": seed, "sample_ids": ids, "step": step}
+
+
+def _step(model, z, angle, label, guidance, c_z: Tensor, c_x: Tensor, clip: float | None, **noise) -> Tensor:
+    """c_z·z + c_x·clip(x̂) [+ noise], with x̂ = cos φ·z − sin φ·v, in one pass over the data."""
     v = velocity(model, z, angle, label, guidance)
     x_z, x_v = torch.cos(angle) - torch.sin(angle) * v.coef_z, -torch.sin(angle)
     if clip is not None:
@@ -77,5 +168,5 @@ def _step(model, z, angle, label, guidance, c_z: Tensor, c_x: Tensor, clip: floa
         limit, outer_z, outer_x = None, c_z, c_x
     return kernels.affine_update(
         z, v.a, v.b, clip=limit, coef_z=outer_z + outer_x * x_z, coef_a=outer_x * x_v * v.coef_a,
-        coef_b=None if v.b is None else outer_x * x_v * v.coef_b,
+        coef_b=None if v.b is None else outer_x * x_v * v.coef_b, **noise,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomize, snapshot, stage2_options
+from common import TINY, randomize, snapshot, stage2_options
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +17,7 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.sample import generate
 from fastdiff.unet import UNetConfig
-from train import loop, stage1, stage2, teacher
+from train import loop, rounds, stage1, stage2, teacher
 
 META = torch.device("meta")
 
@@ -189,7 +189,7 @@ def test_stage1_refuses_a_range_without_sense(runs, tmp_path, limits):
 @given(end=st.integers(1, 1000), halvings=st.integers(1, 13))
 def test_halving_connects_powers_of_two_times_a_common_factor(end, halvings):
     start = end << halvings
-    assert stage2.student_steps(start, end) == [start >> k for k in range(1, halvings + 1)]
+    assert rounds.student_steps(start, end) == [start >> k for k in range(1, halvings + 1)]
 
 
 @given(start=st.integers(-10, 5000), end=st.integers(-10, 300))
@@ -200,17 +200,17 @@ def test_halving_connects_powers_of_two_times_a_common_factor(end, halvings):
 @example(-8, -2)
 def test_halving_refuses_what_it_cannot_connect(start, end):
     if end > 0 and start > end and start % end == 0 and (start // end).bit_count() == 1:
-        assert stage2.student_steps(start, end)[-1] == end
+        assert rounds.student_steps(start, end)[-1] == end
     else:
         with pytest.raises(UserError, match=f"--start-steps {start} --end-steps {end}:"):
-            stage2.student_steps(start, end)
+            rounds.student_steps(start, end)
 
 
 def test_the_last_two_rounds_are_longer(tmp_path):
     options = stage2.Options(teacher=tmp_path, out=tmp_path, updates=5)
-    assert [stage2.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 10, 10]
+    assert [rounds.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 10, 10]
     options = replace(options, last_updates=7)
-    assert [stage2.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 7, 7]
+    assert [rounds.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 7, 7]
 
 
 def test_every_round_is_a_checkpoint(runs):

@@ -20,7 +20,7 @@ from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
 from fastdiff.sample import check_device, generate, make_folder
-from train import loop, stage1, stage2, teacher
+from train import loop, rounds, stage1, stage2, teacher
 
 GUIDANCE = (0.0, 1.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
@@ -135,8 +135,8 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
     first = stage1.train(recipe)
 
     recipe = _options(stage2, options, "stage2", teacher=recipe.out, **common)
-    rounds = stage2.student_steps(recipe.start_steps, recipe.end_steps)
-    units = sum(ROUND_UNITS if steps <= 2 else 1 for steps in rounds)
+    all_steps = rounds.student_steps(recipe.start_steps, recipe.end_steps)
+    units = sum(ROUND_UNITS if steps <= 2 else 1 for steps in all_steps)
     recipe = planned(
         "stage2", recipe, first, lambda m, b: distill.stage2(m, first, b, steps=8, guidance_range=limits), units
     )

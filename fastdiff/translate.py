@@ -1,0 +1,235 @@
+"""Style transfer: encode in one domain, decode in another ([GD] section 5): `python -m fastdiff.translate …`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastdiff import checkpoint, cli, data, figures, samplers
+from fastdiff.denoiser import Guided, with_guidance
+from fastdiff.errors import UserError
+from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STRIP_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    encoder: Path
+    """A checkpoint of train.encoder; or a teacher or stage-1 model, which encodes with DDIM."""
+    decoder: Path
+    """A checkpoint of train.stage2; or a teacher or stage-1 model."""
+    images: Path
+    """A picture, or a folder of pictures."""
+    from_label: int | None = None
+    """The class of the pictures, for models with classes."""
+    to_label: int | None = None
+    """The class to turn them into."""
+    guidance: tuple[float, ...] = (0.0,)
+    """One or several guidance strengths w, for encoding and decoding alike."""
+    encoder_steps: int | None = None
+    """Default: what the encoder was trained for, 64 for others."""
+    decoder_steps: int | None = None
+    """Default: what the decoder was trained for, 64 for others."""
+    compare: Path | None = None
+    """An undistilled model, whose reconstruction error with as many network calls is reported beside."""
+    resize: bool = False
+    """Bring pictures of another size or mode to the models' own; without it they are refused."""
+    clip: bool = True
+    """Limit the predicted image to [−1, 1] in every decoding step."""
+    batch_size: int = 256
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    out: Path = Path("translated")
+    """Folder for the pictures, one a picture and w, strip.png with all of them, and report.json."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An encoder and a decoder with their steps."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    encoder_steps: int
+    decoder_steps: int
+
+    @torch.no_grad()
+    def translate(
+        self, images: Tensor, source: Tensor | None, target: Tensor | None, w: float, *, clip: bool = True,
+        batch_size: int = 256, precision: str = "fp32",
+    ) -> Tensor:  # fmt: skip
+        """Images (B, C, H, W) in [−1, 1] of classes `source` as ones of classes `target`, float32 on the CPU.
+
+        source, target: (B,) int64, or None for models without classes. With source = target it is a reconstruction.
+        """
+        device = next(self.encoder.parameters()).device
+        translated = []
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            for start in range(0, len(images), batch_size):
+                part = slice(start, start + batch_size)
+                here, there = (None if label is None else label[part].to(device) for label in (source, target))
+                z = images[part].to(device).contiguous(memory_format=torch.channels_last)
+                z = samplers.encode(self.encoder, z, here, w, self.encoder_steps, schedule=self.encoder.schedule)
+                z = samplers.ddim(
+                    self.decoder, z, there, w, self.decoder_steps, schedule=self.decoder.schedule,
+                    clip=1.0 if clip else None,
+                )  # fmt: skip
+                translated.append(z.cpu())
+        return torch.cat(translated)
+
+    def calls(self, w: float) -> int:
+        """Network calls an image."""
+        return self.encoder_steps * _calls(self.encoder, w) + self.decoder_steps * _calls(self.decoder, w)
+
+    def undistilled(self, model: nn.Module, w: float, *, factor: int = 1) -> Pair:
+        """`model` for both, with as many steps each as `factor` times this pair's calls allow (at least one)."""
+        steps = (
+            max(1, factor * mine * _calls(own, w) // _calls(model, w))
+            for mine, own in ((self.encoder_steps, self.encoder), (self.decoder_steps, self.decoder))
+        )
+        return Pair(model, model, *steps)
+
+
+def main(options: Options) -> None:
+    """Turn pictures of one class into another, by encoding and decoding."""
+    pair, undistilled = load_models(options)
+    files = _files(options.images)
+    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
+    check_output(options.out, options.overwrite, file=False)
+    source, target = (
+        None if label is None else torch.full((len(files),), label) for label in (options.from_label, options.to_label)
+    )
+    how = {"clip": options.clip, "batch_size": options.batch_size, "precision": options.precision}
+    columns, rows = [pictures], []
+    for w in options.guidance:
+        columns.append(pair.translate(pictures, source, target, w, **how))
+        for file, image in zip(files, columns[-1], strict=True):
+            save_image(image, options.out / f"{file.stem}-w{w:g}.png")
+        compared = [("pair", pair)] + (
+            [] if undistilled is None else [("undistilled", pair.undistilled(undistilled, w))]
+        )
+        for name, one in compared:
+            error = rmse(one.translate(pictures, source, source, w, **how), pictures)
+            rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
+            print(f"w = {w:g}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
+    strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
+    figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
+    (options.out / "report.json").write_text(json.dumps({"images": len(files), "rows": rows}, indent=1) + "\n")
+    print(f"{len(files)} pictures × {len(options.guidance)} strengths -> {options.out} (strip.png: originals, each w)")
+
+
+def rmse(images: Tensor, others: Tensor) -> float:
+    """Root of the mean squared difference; images in [−1, 1]."""
+    return float((images - others).square().mean().sqrt())
+
+
+def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
+    """The pair, and the undistilled model to compare with. Raises UserError where things do not fit together."""
+    for name in ("encoder_steps", "decoder_steps", "batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    if not options.guidance:
+        raise UserError("--guidance needs at least one number")
+    check_device(options.device)
+    encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
+    decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
+    models = [(encoder, options.encoder, options.from_label, "--from-label")]
+    models += [(decoder, options.decoder, options.from_label, "--from-label")]
+    models += [(decoder, options.decoder, options.to_label, "--to-label")]
+    undistilled = None
+    if options.compare is not None:
+        undistilled, _ = _load(options.compare, "--compare", None, options.device)
+        if undistilled.config.steps is not None:
+            raise UserError(
+                f"--compare {options.compare} is distilled to {undistilled.config.steps} steps: name a teacher"
+            )
+        models.append((undistilled, options.compare, options.from_label, "--from-label"))
+    for model, path, label, option in models:
+        if tuple(model.image_shape) != tuple(encoder.image_shape):
+            raise UserError(
+                f"{path} makes images of {_size(model)}, but {options.encoder} encodes ones of {_size(encoder)}"
+            )
+        if model.schedule != encoder.schedule:
+            raise UserError(
+                f"{path} has another noise schedule than {options.encoder}: the noise of one is not the other's"
+            )
+        _check_label(model, path, label, option)
+        for w in options.guidance:
+            check_guidance(model, w)
+    return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
+
+
+def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Tensor:
+    """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed."""
+    channels, height, width = shape
+    mode = {1: "L", 3: "RGB"}[channels]
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read as a picture ({error})") from None
+    if (picture.mode, picture.size) != (mode, (width, height)):
+        if not resize:
+            raise UserError(
+                f"{file} is {picture.width}×{picture.height} {picture.mode}, "
+                f"but the models take {width}×{height} {mode}: "
+                "convert it, or have it done with --resize"
+            )
+        picture = picture.convert(mode).resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
+    return data.to_float(pixels.permute(2, 0, 1)[None])[0]
+
+
+def _load(path: Path, option: str, steps: int | None, device: str) -> tuple[nn.Module, int]:
+    denoiser = checkpoint.load(path, device=device)
+    kind, sampler = denoiser.config.kind, denoiser.config.sampler
+    wanted = "encode" if option == "--encoder" else "ddim"
+    if denoiser.config.steps is not None and sampler != wanted:
+        raise UserError(
+            f"{option} {path} is a {kind} model for the {sampler} sampler: "
+            + ("give one of train.encoder or an undistilled one" if wanted == "encode" else "give one for ddim")
+        )
+    return with_guidance(denoiser), steps or denoiser.config.steps or TEACHER_STEPS
+
+
+def _check_label(model: nn.Module, path: Path, label: int | None, option: str) -> None:
+    if label is None and model.num_classes:
+        raise UserError(f"{path} has {model.num_classes} classes: say which with {option}")
+    if label is not None and not 0 <= label < model.num_classes:
+        has = f"{model.num_classes} classes, 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
+        raise UserError(f"{option} {label}: {path} has {has}")
+
+
+def _files(path: Path) -> list[Path]:
+    """Pictures by name. Raises UserError where there are none, or where two have the same name but for the ending."""
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"--images {path}: there are no pictures ({', '.join(PICTURES)}) here")
+    names = [file.stem for file in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--images {path} has several pictures called {twice[0]}: their results would have one name")
+    return files
+
+
+def _calls(model: nn.Module, w: float) -> int:
+    return 2 if isinstance(model, Guided) and w else 1
+
+
+def _size(model: nn.Module) -> str:
+    return "×".join(map(str, model.image_shape))
+
+
+if __name__ == "__main__":
+    cli.run(main, Options)
