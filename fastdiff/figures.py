@@ -114,7 +114,8 @@ def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
                     axis.plot(fd, score, style, marker="o", markersize=3, label=f"{model}, {count} steps")
         axis.set(xscale="log", xlabel="Fréchet distance", title=f"{steps} step{'s' * (steps > 1)}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        if axis.lines:
+            axis.legend(fontsize=6)
     axes[0][0].set_ylabel("score")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -127,10 +127,13 @@ def main(options: Options) -> None:
     """Draw images from a checkpoint."""
     model, steps, sampler = options.model()
     guidance = _guidance(options)
-    for w in guidance.unique().tolist():
+    for w in sorted(set(options.guidance_range or options.guidance)):
         check_guidance(model, w)
     is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     check_output(options.out, options.overwrite, file=is_grid)
+    if not is_grid:
+        for old in options.out.glob("[0-9]" * 6 + ".png"):
+            old.unlink()
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
     labels = _labels(options, model.num_classes)[ids] if model.num_classes or options.labels else None
     rows_before, start = model.network_rows, time.perf_counter()
@@ -217,9 +220,6 @@ def check_output(path: Path, overwrite: bool, *, file: bool) -> None:
     if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
     make_folder(path.parent if file else path)
-    if not file:
-        for old in path.glob("[0-9]" * 6 + ".png"):
-            old.unlink()
 
 
 def make_folder(path: Path) -> None:
@@ -240,7 +240,8 @@ def _labels(options: Options, num_classes: int) -> Tensor:
     """The classes of --num images. Raises UserError for one that the model does not have."""
     wrong = [label for label in options.labels if not 0 <= label < num_classes]
     if wrong:
-        raise UserError(f"--labels {wrong[0]}: {options.checkpoint} has {num_classes} classes, 0 to {num_classes - 1}")
+        has = f"{num_classes} classes, 0 to {num_classes - 1}" if num_classes else "no classes"
+        raise UserError(f"--labels {wrong[0]}: {options.checkpoint} has {has}")
     return _repeated(torch.tensor(options.labels or range(num_classes)), options.num)
 
 

@@ -116,10 +116,10 @@ def main(options: Options) -> None:
         columns.append(pair.translate(pictures, source, target, w, **how))
         for file, image in zip(files, columns[-1], strict=True):
             save_image(image, options.out / f"{file.stem}-w{w:g}.png")
-        compared = [("pair", pair)] + (
-            [] if undistilled is None else [("undistilled", pair.undistilled(undistilled, w))]
-        )
-        for name, one in compared:
+        compared = {"pair": pair} if _same_domain(pair) else {}  # or else there is no way back to the pictures
+        if undistilled is not None:
+            compared["undistilled"] = pair.undistilled(undistilled, w)
+        for name, one in compared.items():
             error = rmse(one.translate(pictures, source, source, w, **how), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
             print(f"w = {w:g}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
@@ -145,7 +145,6 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
     models = [(encoder, options.encoder, options.from_label, "--from-label")]
-    models += [(decoder, options.decoder, options.from_label, "--from-label")]
     models += [(decoder, options.decoder, options.to_label, "--to-label")]
     undistilled = None
     if options.compare is not None:
@@ -165,6 +164,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
                 f"{path} has another noise schedule than {options.encoder}: the noise of one is not the other's"
             )
         _check_label(model, path, label, option)
+    for model in dict.fromkeys(one for one, *_ in models):
         for w in options.guidance:
             check_guidance(model, w)
     return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
@@ -177,8 +177,10 @@ def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Te
     try:
         with Image.open(file) as picture:
             picture.load()
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{file} cannot be read as a picture ({error})") from None
+    if picture.mode[0] in "IF":
+        raise UserError(f"{file} has more than 8 bits a channel: convert it to 8 bits")
     if (picture.mode, picture.size) != (mode, (width, height)):
         if not resize:
             raise UserError(
@@ -211,10 +213,17 @@ def _check_label(model: nn.Module, path: Path, label: int | None, option: str) -
         raise UserError(f"{option} {label}: {path} has {has}")
 
 
+def _same_domain(pair: Pair) -> bool:
+    """Whether the decoder knows the encoder's classes."""
+    names = [(model.num_classes, model.config.class_names) for model in (pair.encoder, pair.decoder)]
+    return names[0] == names[1]
+
+
 def _files(path: Path) -> list[Path]:
     """Pictures by name. Raises UserError where there are none, or where two have the same name but for the ending."""
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    inside = path.iterdir() if path.is_dir() else [path]
+    files = sorted(file for file in inside if file.is_file() and (file == path or file.suffix.lower() in PICTURES))
+    if not files:
         raise UserError(f"--images {path}: there are no pictures ({', '.join(PICTURES)}) here")
     names = [file.stem for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})

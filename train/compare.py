@@ -61,8 +61,8 @@ def main(options: Options) -> None:
     check(options)
     make_folder(options.out)
     reference = Reference.load(options.preset, device=options.device)
-    train_all(options)
     results = load_results(options)
+    train_all(options)
     for method in methods(options):
         score(method, options, reference, results)
     results["reconstruction"] = reconstruction(options)
@@ -181,12 +181,14 @@ def reconstruction(options: Options) -> list[dict]:
 
 def load_results(options: Options) -> dict:
     """What an earlier run into the same folder has scored. Raises UserError where it had other options."""
-    path, now = options.out / "results.json", {"preset": options.preset, "num": options.num, "seed": options.seed}
+    path = options.out / "results.json"
+    now = {key: getattr(options, key) for key in ("preset", "num", "seed", "precision")}
+    now["updates"] = list(options.updates or UPDATES[options.preset])
     if not path.is_file():
         return {"options": now, "rows": []}
     try:
         results = json.loads(path.read_text())
-        before = results["options"]
+        before, _ = results["options"], results["rows"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no result of fastdiff.compare: move it away, or choose another --out") from None
     if before != now:
@@ -204,9 +206,13 @@ def report(results: dict, options: Options) -> str:
     """Tables laid out as the paper's: rows method × steps with D or S, columns w."""
     rows, reference = results["rows"], results["reference"]
     strengths = sorted({row["guidance"] for row in rows})
+    given = {"preset": [options.preset], "num": [options.num], "seed": [options.seed], "precision": [options.precision]}
+    given |= {key: getattr(options, key) for key in ("guidance", "fixed_guidance", "teacher_steps")}
+    given["updates"] = options.updates or UPDATES[options.preset]
+    command = " ".join(f"--{key.replace('_', '-')} " + " ".join(map(str, values)) for key, values in given.items())
     lines = [
         f"# {options.preset}: every method on one teacher", "",
-        f"Made by `python -m fastdiff.compare --preset {options.preset} --num {options.num} --seed {options.seed}`. "
+        f"Made by `python -m fastdiff.compare {command}`.", "",
         f"Samples: {options.num} a cell. FD: Fréchet distance on features of {reference['extractor']}, not FID; one "
         f"half of the real images against the other has {reference['half_against_half_fd']:.2f}. Score: exp of the "
         f"mean KL of the predicted classes to their marginal; real images have {reference['score']:.2f}. D: "
@@ -224,13 +230,14 @@ def report(results: dict, options: Options) -> str:
             lines.append(f"| {name} | {some[0]['letter']} | {steps} | {calls:g} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["## Reconstruction", "", "Test images encoded and decoded as their own class; root mean squared error."]
-    lines += ["", "| pair | " + " | ".join(f"w = {w:g}: calls | error" for w in strengths) + " |"]
-    lines += ["|---|" + "---:|---:|" * len(strengths)]
+    drawn = sorted(options.guidance)
+    lines += ["", "| pair | " + " | ".join(f"w = {w:g}: calls | error" for w in drawn) + " |"]
+    lines += ["|---|" + "---:|---:|" * len(drawn)]
     table: dict[str, list[str]] = {}
-    for row in results["reconstruction"]:
+    for row in sorted(results["reconstruction"], key=lambda row: row["guidance"]):
         table.setdefault(row["pair"], []).append(f"{row['calls']} | {row['rmse']:.4f}")
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
-    pictures = [f"![samples at w = {w:g}](samples-w{w:g}.png)" for w in strengths]
+    pictures = [f"![samples at w = {w:g}](samples-w{w:g}.png)" for w in drawn]
     lines += ["", "## Figures", "", "![quality against steps](quality-vs-steps.png)", ""]
     lines += ["![trade-off](trade-off.png)", ""]
     return "\n".join(lines + pictures) + "\n"

@@ -275,6 +275,8 @@ def run_seed(seed: int, name: str) -> int:
 
 def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, steps: int = 32) -> None:
     """A grid of samples, one row a class (up to ten, evenly chosen), one column a noise; guidance 1."""
+    if denoiser.config.kind == "encoder":
+        return  # it makes noise of images
     training = denoiser.training
     model = with_guidance(denoiser.eval())
     classes = denoiser.num_classes
@@ -282,7 +284,8 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
     labels = torch.arange(rows).repeat_interleave(columns) * max(1, classes // rows) if classes else None
     images = torch.cat(list(generate(
         model, num=rows * columns, labels=labels, noise_ids=torch.arange(columns).repeat(rows),
-        guidance=1.0 if classes else None, steps=denoiser.config.steps or steps, seed=seed, batch_size=columns * rows,
+        guidance=1.0 if classes else None, steps=denoiser.config.steps or steps, seed=seed,
+        sampler=denoiser.config.sampler, batch_size=columns * rows,
     )))  # fmt: skip
     figures.save_grid(images, path, columns=columns)
     denoiser.train(training)
