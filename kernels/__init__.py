@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .backend import BackendError, implementation, use
 
 __all__ = [
@@ -59,16 +60,19 @@ def affine_update(
     `Clip`; a bare number or (B,) tensor clips the sum itself. Noise is the stream of `randn(seed, sample_ids, step)`.
     Returns out_dtype (default float32, float64 where an input is). Raises ValueError on shapes that do not match.
     """
-    _check_images("affine_update", z=z, a=a, b=b)
-    _check_coefficients("affine_update", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, coef_noise=coef_noise)
+    checks.images("affine_update", z=z, a=a, b=b)
+    checks.coefficients("affine_update", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, coef_noise=coef_noise)
     if (b is None) != (coef_b is None):
         raise ValueError("affine_update: b and coef_b go together; give both or neither")
     if coef_noise is not None:
         if seed is None or sample_ids is None:
             raise ValueError("affine_update: coef_noise needs seed and sample_ids")
-        _check_ids("affine_update", z.shape, sample_ids, z)
+        checks.ids("affine_update", len(z), sample_ids, z)
+        seed, step = _key("affine_update", seed, step)
     if clip is not None:
         clip = _checked_clip(clip, z)
+    if out_dtype is not None and out_dtype not in checks.FLOATING:
+        raise TypeError(f"affine_update: out_dtype must be a floating dtype of 16, 32 or 64 bits, got {out_dtype!r}")
     return implementation("affine_update", z)(
         z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, coef_noise=coef_noise, seed=seed,
         sample_ids=sample_ids, step=step, out_dtype=out_dtype,
@@ -79,10 +83,20 @@ def _checked_clip(clip: float | Tensor | Clip, z: Tensor) -> Clip:
     clip = clip if isinstance(clip, Clip) else Clip(clip)
     if (clip.coef_z is None) != (clip.coef_x is None):
         raise ValueError("affine_update: clip's coef_z and coef_x go together; give both or neither")
-    limit = clip.limit if isinstance(clip.limit, Tensor) else None
-    coefficients = {"clip.limit": limit, "clip.coef_z": clip.coef_z, "clip.coef_x": clip.coef_x}
-    _check_coefficients("affine_update", z, **coefficients)
-    return clip
+    limit = clip.limit
+    if not isinstance(limit, Tensor):
+        limit = checks.number("affine_update", "clip", limit)
+        if not limit > 0:
+            raise ValueError(f"affine_update: clip must be positive, got {limit}")
+    given = {"clip.limit": limit if isinstance(limit, Tensor) else None}
+    given |= {"clip.coef_z": clip.coef_z, "clip.coef_x": clip.coef_x}
+    checks.coefficients("affine_update", z, **given)
+    return Clip(limit, clip.coef_z, clip.coef_x)
+
+
+def _key(name: str, seed: int, step: int) -> tuple[int, int]:
+    """seed and step as what of them matters: their low 64 and 32 bits."""
+    return checks.integer(name, "seed", seed) & (1 << 64) - 1, checks.integer(name, "step", step) & (1 << 32) - 1
 
 
 def guided_step(z, v_cond, v_uncond, guidance, angle_from, angle_to, *, clip=None) -> Tensor:
@@ -90,6 +104,8 @@ def guided_step(z, v_cond, v_uncond, guidance, angle_from, angle_to, *, clip=Non
 
     Images (B, C, H, W), guidance and angles (B,). clip: limit on x̂, as in `Clip`. Returns float32.
     """
+    checks.images("guided_step", z=z, v_cond=v_cond)
+    checks.coefficients("guided_step", z, angle_from=angle_from, angle_to=angle_to)
     coef_z, coef_v = torch.cos(angle_from - angle_to), -torch.sin(angle_from - angle_to)
     return _guided(z, v_cond, v_uncond, guidance, angle_from, angle_to, coef_z, coef_v, clip)
 
@@ -101,6 +117,8 @@ def stochastic_step(
 
     Arguments as for `guided_step`; the noise is that of `randn(seed, sample_ids, step)`.
     """
+    checks.images("stochastic_step", z=z, v_cond=v_cond)
+    checks.coefficients("stochastic_step", z, angle_from=angle_from, angle_far=angle_far, angle_to=angle_to)
     keep = torch.cos(angle_to) / torch.cos(angle_far)
     noise = (torch.sin(angle_to).square() - (torch.sin(angle_far) * keep).square()).clamp(min=0).sqrt()
     coef_z, coef_v = keep * torch.cos(angle_from - angle_far), -keep * torch.sin(angle_from - angle_far)
@@ -116,6 +134,7 @@ def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, kee
         coef_z, coef_v = torch.cos(start), -torch.sin(start)
     if v_uncond is None:
         return affine_update(z, v_cond, coef_z=coef_z, coef_a=coef_v, clip=clip, **noise)
+    checks.coefficients("guided_step", z, guidance=guidance)
     w = guidance.to(coef_v.dtype)
     coef_a, coef_b = coef_v * (1 + w), -coef_v * w
     return affine_update(z, v_cond, v_uncond, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, **noise)
@@ -123,9 +142,10 @@ def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, kee
 
 def add_noise(x: Tensor, angle: Tensor, *, seed: int, sample_ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """(z, ε) with z = cos(φ)·x + sin(φ)·ε and ε = randn(seed, sample_ids, step); x (B, C, H, W), angle (B,)."""
-    _check_images("add_noise", x=x)
-    _check_coefficients("add_noise", x, angle=angle)
-    _check_ids("add_noise", x.shape, sample_ids, x)
+    checks.images("add_noise", x=x)
+    checks.coefficients("add_noise", x, angle=angle)
+    checks.ids("add_noise", len(x), sample_ids, x)
+    seed, step = _key("add_noise", seed, step)
     return implementation("add_noise", x)(
         x, torch.cos(angle), torch.sin(angle), seed=seed, sample_ids=sample_ids, step=step
     )
@@ -140,8 +160,9 @@ def affine_regression_loss(
     prediction, z, a, b: (B, ...) of one shape; coefficients and weight (B,). The target carries no gradient.
     Raises ValueError on shapes that do not match.
     """
-    _check_images("affine_regression_loss", prediction=prediction, z=z, a=a, b=b)
-    _check_coefficients("affine_regression_loss", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight)
+    checks.images("affine_regression_loss", prediction=prediction, z=z, a=a, b=b)
+    checks.not_empty("affine_regression_loss", "prediction", prediction)
+    checks.coefficients("affine_regression_loss", z, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, weight=weight)
     if (b is None) != (coef_b is None):
         raise ValueError("affine_regression_loss: b and coef_b go together; give both or neither")
     z, a, b = (t if t is None else t.detach() for t in (z, a, b))
@@ -155,7 +176,9 @@ def sid_generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, a
 
     (1/ω)·Σ d·[(f_φ − x_g) − α·d] with d = f_φ − f_ψ and ω = mean|x_g − f_φ| ≥ 1e-5, which carries no gradient.
     """
-    _check_images("sid_generator_loss", teacher_x=teacher_x, fake_x=fake_x, generated_x=generated_x)
+    checks.images("sid_generator_loss", teacher_x=teacher_x, fake_x=fake_x, generated_x=generated_x)
+    checks.not_empty("sid_generator_loss", "teacher_x", teacher_x)
+    alpha = checks.number("sid_generator_loss", "alpha", alpha)
     return implementation("sid_generator_loss", teacher_x)(teacher_x, fake_x, generated_x, alpha)
 
 
@@ -167,6 +190,8 @@ def group_norm(
 
     Returns x's dtype and memory layout. Raises ValueError if groups do not divide C or scale comes without shift.
     """
+    checks.floating("group_norm", "x", x)
+    num_groups, eps = checks.integer("group_norm", "num_groups", num_groups), checks.number("group_norm", "eps", eps)
     if x.ndim != 4:
         raise ValueError(f"group_norm: x must be (B, C, H, W), got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
@@ -176,16 +201,15 @@ def group_norm(
         raise ValueError(f"group_norm: eps must not be negative, got {eps}")
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
-    _check_floating("group_norm", "x", x)
     shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
     for (key, shape), value in zip(shapes.items(), (weight, bias, scale, shift), strict=True):
-        if value is None:
+        if value is None and key in checks.OPTIONAL:
             continue
+        checks.floating("group_norm", key, value)
         if value.shape != shape:
             raise ValueError(f"group_norm: {key} must have shape {shape}, got {tuple(value.shape)}")
-        _check_floating("group_norm", key, value)
-        _check_device("group_norm", key, value, "x is", x)
-    return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+        checks.device("group_norm", key, value, "x is", x)
+    return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=bool(silu))
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -194,13 +218,14 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     Returns qkv's dtype; under autocast qkv is cast to that dtype first, as for PyTorch's attention. Raises ValueError
     on a shape that heads do not divide.
     """
+    checks.floating("attention", "qkv", qkv)
+    num_heads = checks.integer("attention", "num_heads", num_heads)
     if qkv.ndim != 3 or num_heads <= 0 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"attention: qkv must be (B, N, 3·C) with C divisible by {num_heads} heads, got {tuple(qkv.shape)}"
         )
-    _check_floating("attention", "qkv", qkv)
     device = qkv.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
     return implementation("attention", qkv)(qkv, num_heads)
 
@@ -210,60 +235,17 @@ def randn(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
 
     shape: (B, ...); sample_ids: (B,) int64; seed: 64-bit. The stream is Philox 4×32-10 with Box–Muller.
     """
-    _check_ids("randn", shape, sample_ids)
+    shape = checks.shape("randn", shape)
+    checks.ids("randn", shape[0], sample_ids)
+    seed, step = _key("randn", seed, step)
     sample_ids = sample_ids.to(device)
     return implementation("randn", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step)
 
 
 def rand(shape, *, seed: int, sample_ids: Tensor, step: int, device) -> Tensor:
     """Uniforms in [0, 1), float32, keyed like `randn`. The two share words: give them different seeds or steps."""
-    _check_ids("rand", shape, sample_ids)
+    shape = checks.shape("rand", shape)
+    checks.ids("rand", shape[0], sample_ids)
+    seed, step = _key("rand", seed, step)
     sample_ids = sample_ids.to(device)
     return implementation("rand", sample_ids)(shape, seed=seed, sample_ids=sample_ids, step=step)
-
-
-def _check_ids(name: str, shape, sample_ids: Tensor, like: Tensor | None = None) -> None:
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{name}: shape must not have negative sizes, got {tuple(shape)}")
-    if sample_ids.shape != (shape[0],) or sample_ids.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: sample_ids must be int64 of shape ({shape[0]},), "
-            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
-        )
-    if like is not None:
-        _check_device(name, "sample_ids", sample_ids, "the images are", like)
-
-
-def _check_images(name: str, **images: Tensor | None) -> None:
-    """All floating, of one shape (B, ...) and on one device; None is skipped."""
-    key, first = next((key, value) for key, value in images.items() if value is not None)
-    if first.ndim == 0:
-        raise ValueError(f"{name}: {key} must be (B, ...), got a tensor without dimensions")
-    for other, value in images.items():
-        if value is None:
-            continue
-        if value.shape != first.shape:
-            raise ValueError(f"{name}: {other} has shape {tuple(value.shape)}, but {key} has {tuple(first.shape)}")
-        _check_floating(name, other, value)
-        _check_device(name, other, value, f"{key} is", first)
-
-
-def _check_coefficients(name: str, image: Tensor, **coefficients: Tensor | None) -> None:
-    """All floating, (B,), and on the images' device; None is skipped."""
-    for key, value in coefficients.items():
-        if value is None:
-            continue
-        if value.shape != image.shape[:1]:
-            raise ValueError(f"{name}: {key} must have shape ({image.shape[0]},), got {tuple(value.shape)}")
-        _check_floating(name, key, value)
-        _check_device(name, key, value, "the images are", image)
-
-
-def _check_floating(name: str, key: str, value: Tensor) -> None:
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: {key} must be a floating-point tensor, got {value.dtype}")
-
-
-def _check_device(name: str, key: str, value: Tensor, others: str, like: Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name}: {key} is on {value.device}, but {others} on {like.device}; move it there")

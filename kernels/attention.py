@@ -277,7 +277,7 @@ def attention_forward(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
     """The gradient of qkv, (B, N, 3·C), from that of the output and what `attention_forward` returned."""
     batch, tokens, width = _sizes(qkv, num_heads)
-    grad, qkv = grad.contiguous(), qkv.contiguous()
+    grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
     grad_qkv = torch.empty_like(qkv)
     if one_block(qkv.dtype, tokens, width):
         block = Tiles(ONE_BLOCK, ONE_BLOCK, 8 if width > 64 else 4, 1)

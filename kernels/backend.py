@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -15,7 +17,7 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 try:
     from . import cuda, fused
     from .launch import INTERPRETED
-except ImportError as error:  # without Triton everything else runs on the reference
+except Exception as error:  # whatever ails Triton, everything else runs on the reference
     INTERPRETED, MISSING = False, str(error)
 else:
     BACKENDS |= {"triton": fused, "cuda": cuda}
@@ -62,8 +64,15 @@ def implementation(operation: str, tensor: Tensor) -> Callable:
                 "choose reference, or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
             )
     order = (name,) if name else BY_DEVICE.get(tensor.device.type, ())
+    if tensor.is_cuda and name != "reference" and MISSING:
+        _warn_of_missing_kernels()
     candidates = (getattr(BACKENDS.get(name), operation, None) for name in (*order, "reference"))
     return next(found for found in candidates if found is not None)
+
+
+@functools.cache
+def _warn_of_missing_kernels() -> None:
+    warnings.warn(f"the Triton kernels are not available ({MISSING}): running PyTorch's slower ones", stacklevel=4)
 
 
 def _check(name: str, source: str) -> None:

@@ -399,6 +399,7 @@ def normalized(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean, rstd) of channels-last x (B, C, H, W); mean and rstd are (B, groups) float32."""
+    x = x.contiguous(memory_format=torch.channels_last)  # which compilers need not keep
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     given = _arguments(x, mean, rstd, weight, bias, scale, shift, num_groups, silu) | {"y": y, "eps": eps}
@@ -430,6 +431,7 @@ def normalized_backward(
     shift: Tensor | None, num_groups: int, silu: bool, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of those of x, weight, bias, scale, shift that are needed, in their dtypes."""
+    x = x.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x) if needed[0] else None
     small = [
         x.new_empty(t.shape, dtype=t.dtype) if need else None

@@ -24,7 +24,7 @@ def load(image, at, mask):
 @triton.jit
 def coefficient(coefs, ROW: tl.constexpr, sample, samples):
     """One sample's coefficient from a (rows, samples) table."""
-    return tl.load(coefs + ROW * samples.to(tl.int64) + sample)
+    return tl.load(coefs + ROW * tl.cast(samples, tl.int64) + sample)
 
 
 # The rows of the table of coefficients that `table` makes; what is not used has some other row's values.
@@ -184,7 +184,7 @@ class _Update(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True)]
         grads = iter(last(update_backward, grad, *ctx.saved_tensors, *ctx.flags, *dtypes))
         return *(None if dtype is None else next(grads) for dtype in dtypes), *[None] * 9
 

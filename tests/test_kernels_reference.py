@@ -669,6 +669,81 @@ def test_attention_names_what_is_wrong(shape, heads):
         kernels.attention(torch.zeros(shape), heads)
 
 
+# --- arguments that are nothing of the kind ---
+
+GOOD = {
+    "affine_update": update_arguments,
+    "affine_regression_loss": lambda: {
+        "prediction": torch.zeros(SHAPE), "z": torch.zeros(SHAPE), "a": torch.zeros(SHAPE), "b": None,
+        "coef_z": torch.ones(3), "coef_a": torch.ones(3), "coef_b": None, "weight": torch.ones(3),
+    },
+    "sid_generator_loss": lambda: {
+        "teacher_x": torch.zeros(SHAPE), "fake_x": torch.zeros(SHAPE), "generated_x": torch.zeros(SHAPE), "alpha": 1.0,
+    },
+    "add_noise": lambda: {
+        "x": torch.zeros(SHAPE), "angle": torch.ones(3), "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0,
+    },
+    "group_norm": lambda: {
+        "x": torch.zeros(3, 4, 2, 2), "num_groups": 2, "weight": torch.ones(4), "bias": torch.ones(4), "eps": 1e-5,
+    },
+    "attention": lambda: {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
+    "randn": lambda: {"shape": (3, 4), "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0, "device": "cpu"},
+}  # fmt: skip
+NONSENSE = [
+    *[(name, key, value) for name, keys in {
+        "affine_update": ("z", "a", "coef_a"), "affine_regression_loss": ("prediction", "z", "a", "coef_a", "weight"),
+        "sid_generator_loss": ("teacher_x", "fake_x", "generated_x"), "add_noise": ("x", "angle", "sample_ids"),
+        "group_norm": ("x", "weight", "bias"), "attention": ("qkv",), "randn": ("sample_ids",),
+    }.items() for key in keys for value in (None, [1.0, 2.0], 1.5, torch.zeros(3, dtype=torch.complex64))
+      if (name, key) != ("randn", "sample_ids") or not isinstance(value, torch.Tensor)],
+    *[(name, "step", value) for name in ("affine_update", "add_noise", "randn") for value in (None, 1.5, "1")],
+    *[(name, "seed", value) for name in ("add_noise", "randn") for value in (None, 1.5, "1")],
+    *[("affine_update", "clip", value) for value in ([1.0], "a", kernels.Clip(None))],
+    *[("affine_update", "out_dtype", value) for value in (torch.int32, "float32")],
+    *[("sid_generator_loss", "alpha", value) for value in (None, "1")],
+    *[("group_norm", "num_groups", value) for value in (None, 2.0)],
+    *[("group_norm", "eps", value) for value in (None, "a")],
+    *[("attention", "num_heads", value) for value in (None, 2.0)],
+    *[("randn", "shape", value) for value in (None, 3, (3, 1.5))],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "value"), NONSENSE)
+def test_nonsense_is_a_type_error_that_names_the_argument(name, key, value):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: {key.split('.')[0]}"):
+        getattr(kernels, name)(**GOOD[name]() | {key: value})
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_nonsense_is_put_into_is_good(name):
+    getattr(kernels, name)(**GOOD[name]())
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match="clip must be positive"):
+        kernels.affine_update(**update_arguments() | {"clip": -1.0})
+    with pytest.raises(ValueError, match="randn: shape"):
+        kernels.randn((), seed=0, sample_ids=ids(), step=0, device="cpu")
+    with pytest.raises(ValueError, match="randn: shape"):
+        kernels.randn((1, -1), seed=0, sample_ids=ids(0), step=0, device="cpu")
+    for name, key in (("affine_regression_loss", "prediction"), ("sid_generator_loss", "teacher_x")):
+        empty = {
+            k: torch.zeros(3, 0) if isinstance(v, torch.Tensor) and v.ndim > 1 else v for k, v in GOOD[name]().items()
+        }
+        with pytest.raises(ValueError, match=f"{name}: {key} has samples without elements"):
+            getattr(kernels, name)(**empty)
+    with pytest.raises(ValueError, match="sid_generator_loss: teacher_x must be"):
+        kernels.sid_generator_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3), 1.0)
+    with pytest.raises(TypeError, match="attention: qkv must be float16"):
+        kernels.attention(torch.zeros(2, 5, 12).to(torch.float8_e4m3fn), 2)
+
+
+def test_numpy_integers_are_integers():
+    key = {"sample_ids": ids(0, 1), "device": "cpu"}
+    plain = kernels.randn((2, 5), seed=3, step=4, **key)
+    assert torch.equal(kernels.randn((2, 5), seed=np.int64(3), step=np.int32(4), **key), plain)
+
+
 # --- the choice of a backend ---
 
 

@@ -13,15 +13,19 @@ RUNS_HERE = INTERPRETED or torch.cuda.is_available()
 collect_ignore_glob = [] if RUNS_HERE else ["test_*.py"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def on_triton():
-    """Every test here runs the Triton kernels; they reach the reference by its own name."""
+if INTERPRETED:
+    import shim
+
+    shim.install()
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    """Every test here runs the Triton kernels, and reaches the reference by its own name. All digits count on a GPU."""
     import kernels
 
-    if INTERPRETED:
-        import shim
-
-        shim.install()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     with kernels.use("triton"):
         yield
 
