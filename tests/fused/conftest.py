@@ -20,13 +20,11 @@ if INTERPRETED:
 
 
 @pytest.fixture(autouse=True)
-def on_triton(monkeypatch):
+def on_triton():
     """Every test here runs the Triton kernels, and reaches the reference by its own name. All digits count on a GPU."""
     import kernels
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    with kernels.use("triton"):
+    with kernels.use("triton"), torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
         yield
 
 
