@@ -74,6 +74,8 @@ def integer(name: str, key: str, value: int) -> int:
 
 
 def number(name: str, key: str, value: float) -> float:
+    if isinstance(value, float):  # compilers' symbolic ones too
+        return value
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: {key} must be a number, got {value!r}")
     return float(value)
