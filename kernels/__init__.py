@@ -201,14 +201,11 @@ def group_norm(
         raise ValueError(f"group_norm: eps must not be negative, got {eps}")
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
-    shapes = {"weight": (channels,), "bias": (channels,), "scale": (batch, channels), "shift": (batch, channels)}
-    for (key, shape), value in zip(shapes.items(), (weight, bias, scale, shift), strict=True):
-        if value is None and key in checks.OPTIONAL:
-            continue
-        checks.floating("group_norm", key, value)
-        if value.shape != shape:
-            raise ValueError(f"group_norm: {key} must have shape {shape}, got {tuple(value.shape)}")
-        checks.device("group_norm", key, value, "x is", x)
+    checks.parameter("group_norm", "weight", weight, (channels,), x)
+    checks.parameter("group_norm", "bias", bias, (channels,), x)
+    if scale is not None:
+        checks.parameter("group_norm", "scale", scale, (batch, channels), x)
+        checks.parameter("group_norm", "shift", shift, (batch, channels), x)
     return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=bool(silu))
 
 

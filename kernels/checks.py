@@ -43,6 +43,16 @@ def coefficients(name: str, image: Tensor, **given: Tensor | None) -> None:
         device(name, key, value, "the images are", image)
 
 
+def parameter(name: str, key: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Floating, of one shape, and on x's device."""
+    if isinstance(value, Tensor) and value.shape == shape and value.dtype in FLOATING and value.device == x.device:
+        return  # in every good call, and so without the calls below, which take longer than a small kernel
+    floating(name, key, value)
+    if value.shape != shape:
+        raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(value.shape)}")
+    device(name, key, value, "x is", x)
+
+
 def shape(name: str, value: Sequence[int]) -> tuple[int, ...]:
     """A shape (B, ...) as a tuple."""
     try:
@@ -87,7 +97,8 @@ def tensor(name: str, key: str, value: Tensor) -> None:
 
 
 def floating(name: str, key: str, value: Tensor) -> None:
-    tensor(name, key, value)
+    if not isinstance(value, Tensor):
+        tensor(name, key, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: {key} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
