@@ -100,6 +100,8 @@ def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
 
 def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
     """Score against FD, each line one method and step count over the guidance strengths; one panel a step count."""
+    from matplotlib.ticker import NullFormatter
+
     counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)]
     figure, axes = _subplots(len(counts), figsize=(3.6 * len(counts), 3.6), sharey=True)
     most = max(row["steps"] for row in rows)
@@ -111,8 +113,11 @@ def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
                 ]
                 if len(points) > 1:
                     _, fd, score = zip(*sorted(points), strict=True)
-                    axis.plot(fd, score, style, marker="o", markersize=3, label=f"{model}, {count} steps")
+                    axis.plot(
+                        fd, score, style, marker="o", markersize=3, label=f"{model}, {count} step{'s' * (count > 1)}"
+                    )
         axis.set(xscale="log", xlabel="Fréchet distance", title=f"{steps} step{'s' * (steps > 1)}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=6)
