@@ -16,10 +16,13 @@ import kernels
 from fastdiff import rotation
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.samplers import Model, velocity
+from fastdiff.schedule import Schedule
 
 TRAINING_STREAM = 1 << 31  # samplers use the streams below it
 NOISE, LABEL_DROP = TRAINING_STREAM, TRAINING_STREAM + 1
 TIME, GUIDANCE = 0, 1
+NOISE_LEVELS = ("schedule", "lognormal")
+P_MEAN, P_STD = -1.2, 1.2  # of ln σ in [EDM]'s training
 HALF_STEPS = {"ddim": 0.5, "stochastic": 1.0}  # a student's half step, in units of 1/N
 # Additive recurrences with these steps fill the unit square evenly: consecutive samples cover all times and
 # strengths, each marginally uniform. (1/p and 1/p² for the plastic number p.)
@@ -28,9 +31,9 @@ IRRATIONALS = (0.7548776662466927, 0.5698402909980532)
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, C, H, W) in [−1, 1]; label (B,) int64 or None; sample_ids (B,) int64, unique over the run."""
+    """x (B, C, H, W) in [−1, 1], or None where no image is read; label (B,) int64 or None; sample_ids (B,), unique."""
 
-    x: Tensor
+    x: Tensor | None
     label: Tensor | None
     sample_ids: Tensor
     seed: int
@@ -56,18 +59,39 @@ class Batch:
         if self.label is None:
             return None
         draw = kernels.rand(
-            self.label.shape, seed=self.seed, sample_ids=self.sample_ids, step=LABEL_DROP, device=self.x.device
+            self.label.shape, seed=self.seed, sample_ids=self.sample_ids, step=LABEL_DROP, device=self.label.device
         )
         return torch.where(draw < probability, null, self.label)
 
 
-def teacher(denoiser: Denoiser, batch: Batch, *, label_drop: float = 0.1, weight: str = "snr") -> Tensor:
-    """The denoising loss of a classifier-free-guidance model ([CFG]); t ~ U[0, 1]."""
-    angle = denoiser.schedule.angle(batch.uniform(TIME))
+def teacher(
+    denoiser: Denoiser, batch: Batch, *, label_drop: float = 0.1, weight: str = "snr", noise_levels: str = "schedule",
+    guidance: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The denoising loss of a classifier-free-guidance model ([CFG]) on batch.x.
+
+    noise_levels: see `noise_angle`. "lognormal" with the weight "edm" is [EDM]'s loss, whatever the denoiser's
+    parameterization and schedule. guidance: w (B,) of a network that takes it as an input.
+    """
+    angle = noise_angle(denoiser.schedule, batch.uniform(TIME), noise_levels)
     z, eps = batch.noised(angle)
     label = batch.dropped_label(label_drop, denoiser.num_classes)
     target = Target(None, eps, torch.cos(angle), batch.x, -torch.sin(angle))
-    return _regression(denoiser, z, angle, label, None, target, weight)
+    return _regression(denoiser, z, angle, label, guidance, target, weight)
+
+
+def noise_angle(schedule: Schedule, uniform: Tensor, noise_levels: str) -> Tensor:
+    """The angles of teachers' noise, float64 (B,), from U[0, 1) numbers.
+
+    noise_levels: "schedule", φ(t) with t ~ U[0, 1], or "lognormal", [EDM]'s ln tan φ ~ N(−1.2, 1.2²).
+    """
+    match noise_levels:
+        case "schedule":
+            return schedule.angle(uniform)
+        case "lognormal":
+            normal = torch.special.ndtri(uniform.clamp(min=2**-32))  # Φ⁻¹(0) is −∞, this −6.2
+            return torch.atan(torch.exp(P_MEAN + P_STD * normal))
+    raise ValueError(f"unknown noise levels {noise_levels!r}; known: {', '.join(NOISE_LEVELS)}")
 
 
 def stage1(

@@ -15,7 +15,7 @@ import kernels
 
 SIGMA_DATA = 0.5  # [EDM]'s standard deviation of the data
 PARAMETERIZATIONS = ("v", "eps", "x", "edm")
-LOSS_WEIGHTS = ("v", "snr", "snr_trunc", "constant")
+LOSS_WEIGHTS = ("v", "snr", "snr_trunc", "constant", "edm")
 
 
 class Affine(NamedTuple):
@@ -85,15 +85,20 @@ def velocity_coefficients(parameterization: str, angle: Tensor) -> tuple[Tensor,
         case "x":
             return cos / sin, -1 / sin
         case "edm":  # multiplied through by cos φ, so that it holds up to φ = π/2
-            norm = (sin.square() + (SIGMA_DATA * cos).square()).sqrt()
+            norm = _edm_variance(angle).sqrt()
             return (1 - SIGMA_DATA**2) * sin * cos / norm.square(), -SIGMA_DATA / norm
     raise ValueError(f"unknown parameterization {parameterization!r}; known: {', '.join(PARAMETERIZATIONS)}")
 
 
 def edm_input_scale(angle: Tensor) -> Tensor:
     """c_in/cos φ = 1/√(sin²φ + σ_d²·cos²φ), float64: what z is multiplied with before an [EDM] network."""
+    return _edm_variance(angle).rsqrt()
+
+
+def _edm_variance(angle: Tensor) -> Tensor:
+    """sin²φ + σ_d²·cos²φ: the variance of z, for data with [EDM]'s σ_d."""
     angle = angle.double()
-    return (torch.sin(angle).square() + (SIGMA_DATA * torch.cos(angle)).square()).rsqrt()
+    return torch.sin(angle).square() + (SIGMA_DATA * torch.cos(angle)).square()
 
 
 def two_step_target(a: Tensor, m: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +117,16 @@ def ddim(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """(c_z, c_x), float64 (B,): the rotation from start to end written as c_z·z + c_x·x̂, so that x̂ can be clipped."""
     start, end = start.double(), end.double()
     return torch.sin(end) / torch.sin(start), torch.sin(start - end) / torch.sin(start)
+
+
+def heun_correction(start: Tensor, end: Tensor) -> Tensor:
+    """κ, float64 (B,): z + κ·(x̂_end − x̂_start) makes the DDIM step to z, at end > 0, one of Heun's ([EDM] alg. 1).
+
+    x̂_end is the image predicted from z. [EDM] takes the mean of both slopes ε̂ in σ = tan φ; ε̂_end − ε̂_start is
+    cot(end)·(x̂_start − x̂_end), so that κ = ½·(σ_start/σ_end − 1)·cos(end).
+    """
+    start, end = start.double(), end.double()
+    return torch.sin(start - end) / (2 * torch.cos(start) * torch.tan(end))
 
 
 def noise_back(far: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,4 +162,6 @@ def loss_weight(name: str, angle: Tensor) -> Tensor:
             return torch.maximum(torch.sin(angle).square(), torch.cos(angle).square())
         case "constant":
             return torch.sin(angle).square()
+        case "edm":  # λ(σ) = 1/σ² + 1/σ_d² on the error of x, which is 1 on that of its F
+            return _edm_variance(angle) / SIGMA_DATA**2
     raise ValueError(f"unknown loss weight {name!r}; known: {', '.join(LOSS_WEIGHTS)}")

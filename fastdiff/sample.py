@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
-from fastdiff import checkpoint, cli, data, figures, samplers
+from fastdiff import checkpoint, cli, data, distributed, figures, samplers
 from fastdiff.denoiser import Denoiser, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.schedule import CosineSchedule
 
-SAMPLERS = {"ddim": samplers.ddim, "stochastic": samplers.stochastic, "ancestral": samplers.ancestral}
+SAMPLERS = {
+    "ddim": samplers.ddim, "stochastic": samplers.stochastic, "ancestral": samplers.ancestral, "heun": samplers.heun,
+    "one_step": samplers.one_step,
+}  # fmt: skip
 TEACHER_STEPS = 64  # where neither the user nor the checkpoint says how many
 INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later streams
 
@@ -36,17 +40,23 @@ def generate(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
+    Several processes make a part of each chunk, and all get the whole of it.
+
     labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
     int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
     variance: the ancestral sampler's γ. clip: limit x̂ to [−1, 1] in every step.
     """
-    draw = partial(samplers.ancestral, variance=variance) if sampler == "ancestral" else SAMPLERS[sampler]
+    draw = SAMPLERS[sampler]
+    if sampler == "ancestral":
+        draw = partial(draw, variance=variance)
+    elif sampler == "one_step":
+        draw = partial(draw, sigma=model.config.sigma_init)
     device = next(model.parameters()).device
     ids = torch.arange(num) if noise_ids is None else noise_ids
     if labels is None and model.num_classes:
         labels = torch.arange(num) % model.num_classes
     for start in range(0, num, batch_size):
-        part = slice(start, start + batch_size)
+        part = distributed.part(torch.arange(start, min(start + batch_size, num)))
         here = ids[part].to(device)
         noise = kernels.randn(
             (len(here), *model.image_shape), seed=seed, sample_ids=here, step=INITIAL_NOISE, device=device
@@ -58,6 +68,7 @@ def generate(
                 guidance[part] if isinstance(guidance, Tensor) else guidance, steps,
                 schedule=model.schedule, clip=1.0 if clip else None, seed=seed, sample_ids=here,
             )  # fmt: skip
+        images = distributed.gather(images, min(batch_size, num - start))
         yield images  # outside of autocast, which would otherwise reach the caller
 
 
@@ -69,8 +80,9 @@ class SamplingOptions:
     """A checkpoint's folder, or a run's (its newest checkpoint)."""
     steps: int | None = None
     """Sampling steps; default: what the checkpoint was trained for, 64 for teachers."""
-    sampler: Literal["ddim", "stochastic", "ancestral"] | None = None
-    """Default: what the checkpoint was trained for, ddim for teachers."""
+    sampler: Literal["ddim", "stochastic", "ancestral", "heun", "one_step"] | None = None
+    """Default: what the checkpoint was trained for, ddim for teachers. heun makes 2·steps − 1 calls; it is for teachers
+    on the karras schedule."""
     variance: float = 0.3
     """γ of the ancestral sampler, in [0, 1]: its variance between the lower and the upper bound, in the logarithm."""
     force: bool = False
@@ -98,6 +110,14 @@ class SamplingOptions:
         trained, sampler = denoiser.config.steps, denoiser.config.sampler
         if denoiser.config.kind == "encoder":
             raise UserError(f"{self.checkpoint} is an encoder, which makes noise of images: use fastdiff.translate")
+        if (self.sampler == "one_step") != (denoiser.config.sigma_init is not None) and self.sampler is not None:
+            one = "one-step generators alone" if self.sampler == "one_step" else "several-step models"
+            raise UserError(
+                f"--sampler {self.sampler} is for {one}, and {self.checkpoint} is a {denoiser.config.kind} model: "
+                "leave the option out"
+            )
+        if denoiser.config.sigma_init is not None and self.steps not in (None, 1):
+            raise UserError(f"--steps {self.steps}: {self.checkpoint} is a one-step generator; leave the option out")
         if trained is not None and self.sampler not in (None, sampler) and not self.force:
             raise UserError(
                 f"--sampler {self.sampler}: {self.checkpoint} was trained for the {sampler} sampler: "
@@ -105,6 +125,8 @@ class SamplingOptions:
             )
         if self.steps is not None and trained is not None and self.steps != trained:
             warn(f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse")
+        if self.sampler == "heun" and isinstance(denoiser.schedule, CosineSchedule):
+            warn(f"heun's first step is too long on the cosine schedule of {self.checkpoint}: ddim makes better images")
         return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS, self.sampler or sampler
 
 
@@ -130,20 +152,21 @@ def main(options: Options) -> None:
     for w in sorted(set(options.guidance_range or options.guidance)):
         check_guidance(model, w)
     is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    check_output(options.out, options.overwrite, file=is_grid)
-    if not is_grid:
-        for old in options.out.glob("[0-9]" * 6 + ".png"):
-            old.unlink()
+    distributed.first(lambda: _prepare(options, is_grid))
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
     labels = _labels(options, model.num_classes)[ids] if model.num_classes or options.labels else None
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
-    bar = tqdm(total=num, unit="image", desc="sampling", disable=num <= options.batch_size)
+    bar = tqdm(
+        total=num, unit="image", desc="sampling", disable=num <= options.batch_size or not distributed.is_first()
+    )
     for images in generate(
         model, num=num, labels=labels, noise_ids=ids, guidance=guidance, steps=steps, sampler=sampler,
         variance=options.variance, seed=options.seed, batch_size=options.batch_size, clip=options.clip,
         precision=options.precision,
     ):  # fmt: skip
+        if not distributed.is_first():
+            continue
         if is_grid:
             chunks.append(data.to_uint8(images).cpu())
         else:
@@ -153,13 +176,22 @@ def main(options: Options) -> None:
         bar.update(len(images))
     bar.close()
     seconds = time.perf_counter() - start
+    calls = int(distributed.total(torch.tensor(model.network_rows - rows_before))) / num
+    if not distributed.is_first():
+        return
     if is_grid:
         figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=_columns(options, model.num_classes))
-    calls = (model.network_rows - rows_before) / num
     print(
         f"{num} images in {steps} {sampler} steps, {calls:g} network calls an image, "
         f"{num / seconds:.1f} images/s -> {options.out}"
     )
+
+
+def _prepare(options: Options, is_grid: bool) -> None:
+    check_output(options.out, options.overwrite, file=is_grid)
+    if not is_grid:
+        for old in options.out.glob("[0-9]" * 6 + ".png"):
+            old.unlink()
 
 
 def _guidance(options: Options) -> Tensor:

@@ -6,6 +6,7 @@ raw network outputs fused into the step. Every step is z' = c_z·z + c_x·clip(x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from fastdiff.schedule import Schedule
 
 Model = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 OnStep = Callable[[int, Tensor], None]
+SIGMA_INIT = 2.5  # the noise level from which [SiD]'s generators start
 
 
 def ddim(
@@ -90,6 +92,38 @@ def ancestral(
     return z
 
 
+def heun(
+    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
+    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:  # fmt: skip
+    """Heun's second-order steps in σ = tan φ, 2·steps − 1 network calls ([EDM] algorithm 1 without churn).
+
+    Arguments as for `ddim`; clip limits x̂ in both calls of a step. The angles are [EDM]'s: φ(t) at t = 1,
+    (N−2)/(N−1), …, 0 and then the image, to which the last step is DDIM's. As everywhere, the noise is z at φ(1):
+    [EDM]'s x = z/cos φ is then √(1 + σ_max²)·noise where it starts from σ_max·noise. It is made for the steps of
+    `KarrasSchedule`: where σ falls by a large factor in a step, as the cosine schedule's does in its first, the
+    correction multiplies errors by about half that factor.
+    """
+    _check_steps(steps)
+    guidance = as_guidance(guidance, noise)
+    times = [i / (steps - 1) for i in range(steps)] if steps > 1 else [1.0]
+    angles = [noise.new_zeros(noise.shape[:1], dtype=torch.float64), *(_at(schedule, t, noise) for t in times)]
+    z = noise
+    for i in range(steps, 0, -1):
+        start, end = angles[i], angles[i - 1]
+        c_z, c_x = rotation.ddim(start, end)
+        x = denoised(model, z, start, label, guidance, clip)
+        z = kernels.affine_update(z, x, coef_z=c_z, coef_a=c_x)
+        if i > 1:
+            kappa = rotation.heun_correction(start, end)
+            x_end = denoised(model, z, end, label, guidance, clip)
+            z = kernels.affine_update(z, x_end, x, coef_z=torch.ones_like(end), coef_a=kappa, coef_b=-kappa)
+        if on_step is not None:
+            on_step(i, z)
+    return z
+
+
 def encode(
     model: Model, images: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
     schedule: Schedule, on_step: OnStep | None = None,
@@ -112,6 +146,31 @@ def encode(
         if on_step is not None:
             on_step(i + 1, z)
     return z
+
+
+def one_step(
+    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int = 1, *,
+    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None, sigma: float = SIGMA_INIT,
+) -> Tensor:  # fmt: skip
+    """x̂ of noise alone, by a generator that was distilled for it ([SiD]): G(sin φ·noise, φ) with tan φ = sigma.
+
+    Arguments as for `ddim`. Raises ValueError for steps other than 1.
+    """
+    if steps != 1:
+        raise ValueError(f"one_step takes 1 step, got {steps}")
+    angle = torch.full(noise.shape[:1], math.atan(sigma), dtype=torch.float64, device=noise.device)
+    x = denoised(model, math.sin(math.atan(sigma)) * noise, angle, label, as_guidance(guidance, noise), clip)
+    if on_step is not None:
+        on_step(1, x)
+    return x
+
+
+def denoised(
+    model: Model, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None, clip: float | None = None
+) -> Tensor:
+    """The image that a model sees in z, x̂ = cos φ·z − sin φ·v, limited to [−clip, clip] if that is given."""
+    return _step(model, z, angle, label, guidance, torch.zeros_like(angle), torch.ones_like(angle), clip)
 
 
 def velocity(model: Model, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Affine:

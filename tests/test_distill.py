@@ -95,7 +95,10 @@ def long_loss(target, prediction, z, angle, weight):
     cos, sin = wide(torch.cos(angle)), wide(torch.sin(angle))
     in_x = ((cos * z - sin * target) - (cos * z - sin * prediction)).square().flatten(1).mean(1)
     in_eps = ((sin * z + cos * target) - (sin * z + cos * prediction)).square().flatten(1).mean(1)
-    return {"v": in_x + in_eps, "snr": in_eps, "snr_trunc": torch.maximum(in_x, in_eps), "constant": in_x}[weight]
+    return {
+        "v": in_x + in_eps, "snr": in_eps, "snr_trunc": torch.maximum(in_x, in_eps), "constant": in_x,
+        "edm": in_eps + 4 * in_x,
+    }[weight]  # fmt: skip
 
 
 def long_noised(data, angle):

@@ -314,9 +314,12 @@ def test_loss_weights_turn_the_velocity_error_into_the_named_one(angle, seed):
     eps_hat = (z - alpha * x_hat) / sigma
     in_x, in_eps = (x - x_hat).square().flatten(1).mean(1), (eps - eps_hat).square().flatten(1).mean(1)
     error = ((alpha * eps - sigma * x) - (alpha * eps_hat - sigma * x_hat)).square().flatten(1).mean(1)
-    # SNR·‖x − x̂‖² is the ε-error; +1 and max(·, 1) are [PD]'s two reweightings of it.
+    # SNR·‖x − x̂‖² is the ε-error; +1 and max(·, 1) are [PD]'s two reweightings of it, and +1/σ_data² is [EDM]'s.
     snr = (alpha / sigma) ** 2
-    expected = {"v": (snr + 1) * in_x, "snr": in_eps, "snr_trunc": max(snr, 1) * in_x, "constant": in_x}
+    expected = {
+        "v": (snr + 1) * in_x, "snr": in_eps, "snr_trunc": max(snr, 1) * in_x, "constant": in_x,
+        "edm": (snr + 4) * in_x,
+    }  # fmt: skip
     assert set(expected) == set(rotation.LOSS_WEIGHTS)
     for name, value in expected.items():
         torch.testing.assert_close(

@@ -20,14 +20,26 @@ class Options(loop.LoopOptions):
     unet: UNetConfig = field(default_factory=lambda: UNETS["digits"])
     """Image size, channels and classes are taken from the data."""
     schedule: Literal["cosine", "linear-beta", "karras"] = "cosine"
+    """Noise levels of sampling, and of training with --noise-levels schedule."""
     parameterization: Literal["v", "eps", "x", "edm"] = "v"
+    """What the network predicts. A teacher as EDM trains it: edm, with --schedule karras --weight edm --noise-levels
+    lognormal; sample from it with --sampler heun."""
+    labels: bool = True
+    """Whether the classes of the data are used; without, the teacher is unconditional."""
     label_drop: float = 0.1
     """Probability of the null class, from which the unconditional model is learned."""
-    weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
-    """What the velocity's squared error is weighed as (snr: the error of ε)."""
+    weight: Literal["v", "snr", "snr_trunc", "constant", "edm"] = "snr"
+    """What the velocity's squared error is weighed as (snr: the error of ε; edm: the error of EDM's F)."""
+    noise_levels: Literal["schedule", "lognormal"] = "schedule"
+    """Noise levels of training: the schedule's, evenly over its times, or EDM's ln σ ~ N(−1.2, 1.2²)."""
     ema: float = 0.999
 
 
+DDPMPP = UNetConfig(
+    (32, 32), 3, 10, channels=128, channel_mult=(2, 2, 2), blocks=4, attention_resolutions=(16,), head_width=None,
+    dropout=0.13, input_mult=1, scale_shift=False, resample_skip_conv=True, residual_scale=0.5**0.5, eps=1e-6,
+    decoder_attention="last", qkv_order="head-width-qkv", time_scale=1.0, time_endpoint=True, label_before_mlp=True,
+)  # fmt: skip
 PRESETS = {
     "digits": {},
     "fashion-mnist": {
@@ -37,6 +49,11 @@ PRESETS = {
         "batch_size": 128,
         "unet": UNETS["cifar10"], "data": "cifar10", "flip": True, "updates": 800_000, "lr": 2e-4, "warmup": 5000,
         "anneal": "none", "ema": 0.9999, "precision": "bf16", "save_every": 10_000,
+    },
+    "cifar10-edm": {  # 200 M images, 10 M of warmup, an average of half-life 0.5 M; [EDM] drops no labels
+        "unet": DDPMPP, "data": "cifar10", "flip": True, "schedule": "karras", "parameterization": "edm",
+        "weight": "edm", "noise_levels": "lognormal", "updates": 390_625, "batch_size": 512, "lr": 1e-3,
+        "warmup": 19_531, "anneal": "none", "clip_norm": 0.0, "ema": 0.9993, "save_every": 10_000,
     },
     "imagenet64": {
         "unet": UNETS["imagenet64"], "data": "data/imagenet64", "flip": True, "updates": 540_000, "batch_size": 2048,
@@ -56,6 +73,8 @@ def train(options: Options) -> Denoiser:
     if not 0 <= options.label_drop < 1:
         raise UserError(f"--label-drop must be in [0, 1), got {options.label_drop}")
     dataset = data.load(options.data, "train")
+    if not options.labels:
+        dataset = dataset.without_labels()
     config = denoiser_config(options, dataset)
     loop.check_batch(options, dataset)
     if options.dry_run:
@@ -66,7 +85,9 @@ def train(options: Options) -> Denoiser:
     denoiser = Denoiser(config).to(options.device)
 
     def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
-        return distill.teacher(model, batch, label_drop=options.label_drop, weight=options.weight)
+        return distill.teacher(
+            model, batch, label_drop=options.label_drop, weight=options.weight, noise_levels=options.noise_levels
+        )
 
     return loop.fit(denoiser, loss, dataset, options, name="teacher")
 
