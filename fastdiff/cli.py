@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from fastdiff import distributed
 from fastdiff.errors import UserError
 from kernels import BackendError
 
@@ -19,12 +20,15 @@ COMMANDS = {
     "teacher": ("train.teacher", "train a class-conditional teacher with label dropping"),
     "stage1": ("train.stage1", "distil guidance into one network that takes w"),
     "stage2": ("train.stage2", "halve the number of steps again and again"),
+    "sid": ("train.sid", "a one-step generator from a teacher alone"),
     "encoder": ("train.encoder", "distil DDIM's way from image to noise"),
     "two_student": ("train.two_student", "the baseline that distils without guidance inside"),
     "sample": ("fastdiff.sample", "draw images from a checkpoint"),
     "translate": ("fastdiff.translate", "turn pictures of one class into another"),
     "compare": ("fastdiff.compare", "every method of the paper on one teacher, in tables and figures"),
     "evaluate": ("fastdiff.evaluate", "score a checkpoint: Fréchet distance, score, images per second"),
+    "status": ("fastdiff.status", "where runs are, and the command that continues them"),
+    "plot": ("fastdiff.plot", "the curves of runs in one picture"),
 }
 
 
@@ -53,13 +57,22 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
             if name not in presets:
                 raise UserError(f"unknown preset {name!r}; known: {', '.join(presets)}")
             options = _with_defaults(options, {"preset": name, **presets[name]})
-        function(tyro.cli(options, description=function.__doc__))
+        given = tyro.cli(options, description=function.__doc__)
+        distributed.start()
+        function(given)
     except (UserError, BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if distributed.world_size() > 1:
+            print(f"process {distributed.rank()} failed: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        distributed.stop()
 
 
 def _with_defaults(options: type, values: Mapping[str, Any]) -> type:

@@ -98,6 +98,10 @@ class Dataset:
         """The number of classes; 0 when the data are unlabelled."""
         return len(self.class_names)
 
+    def without_labels(self) -> Dataset:
+        """The same images as unlabelled data."""
+        return Dataset(self.images, np.zeros(len(self), np.int64), (), self.name, self.split)
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the shape, the labels or the pixels.

@@ -14,7 +14,7 @@ from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
-KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student")
+KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class DenoiserConfig:
     """The sampler that its steps were trained for."""
     steps: int | None = None
     """The number of sampling steps that it was trained for; None: any."""
+    sigma_init: float | None = None
+    """The noise level σ = tan φ from which a one-step generator starts."""
     class_names: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:

@@ -204,3 +204,33 @@ def _write(path: Path, network: Classifier, accuracy: float) -> None:
         beside.rename(path)
     except OSError:
         pass  # the cache only saves time
+
+
+VARIETY_IMAGES = 2048  # looked at by `variety`, which compares pairs
+FEW = 8  # images of a class, below which all classes count as one
+
+
+@dataclass(frozen=True)
+class Variety:
+    """How much generated images differ; both numbers tell of a collapse that a Fréchet distance shows late."""
+
+    spread: Tensor
+    """Variance of a pixel within each class, averaged over the image, (K,)."""
+    near_duplicates: float
+    """Share of images with another one of the same class nearer than a tenth of the class's typical distance."""
+
+
+def variety(images: Tensor, labels: Tensor) -> Variety:
+    """Of images (N, C, H, W) with classes (N,) int64, N ≥ 2; of the first 2048 of them."""
+    pixels, labels = images[:VARIETY_IMAGES].flatten(1).double(), labels[:VARIETY_IMAGES]
+    labels = torch.unique(labels, return_inverse=True)[1]
+    if labels.bincount().min() < FEW:
+        labels = torch.zeros_like(labels)
+    spread, repeated = [], 0
+    for label in range(int(labels.max()) + 1):
+        members = pixels[labels == label]
+        spread.append(members.var(0).mean())
+        distance = torch.cdist(members, members).square() / members.shape[1]  # mean over pixels
+        distance.fill_diagonal_(torch.inf)
+        repeated += int((distance.min(1).values <= 2 * spread[-1] / 100).sum())  # pairs differ by 2·variance
+    return Variety(torch.stack(spread), repeated / len(pixels))

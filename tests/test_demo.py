@@ -9,7 +9,7 @@ from PIL import Image
 from fastdiff.errors import UserError
 from train import demo, loop, teacher
 
-RUNS = ["teacher", "stage1", *(f"steps-{n}" for n in (32, 16, 8, 4, 2, 1))]
+RUNS = ["teacher", "stage1", *(f"steps-{n}" for n in (32, 16, 8, 4, 2, 1)), "sid"]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,16 @@ def test_results_hold_every_row(made):
     assert {"reference", "rows", "timing", "training", "torch", "device", "cores", "machine"} <= set(results)
     expected = {("teacher, DDIM", steps, w) for steps in (64, 8, 4, 2, 1) for w in (0, 1, 4)}
     expected |= {("student", steps, w) for steps in (8, 4, 2, 1) for w in (0, 1, 4)}
+    expected |= {("SiD", 1, w) for w in (0, 1, 4)}
     rows = {(row["model"], row["steps"], row["guidance"]): row for row in results["rows"]}
     assert set(rows) == expected and len(results["rows"]) == len(expected)
     for (model, steps, w), row in rows.items():
-        assert row["nfe"] == steps * (2 if w and model != "student" else 1)
+        assert row["nfe"] == steps * (2 if w and model == "teacher, DDIM" else 1)
         assert row["num"] == 20 and row["fd"] >= 0 and 1 <= row["score"] <= 10
     assert results["reference"]["extractor_test_accuracy"] > 0.97
     assert results["timing"]["teacher_steps"] == 8
     assert results["timing"]["teacher_over_1_step_student"] > results["timing"]["teacher_over_4_step_student"] > 0
+    assert results["timing"]["teacher_over_sid"] > results["timing"]["teacher_over_4_step_student"]
     assert [run["run"] for run in results["training"]] == RUNS
     assert all(run["updates"] >= 20 and run["seconds"] > 0 for run in results["training"])
 
@@ -45,7 +47,14 @@ def test_report_and_pictures(made):
     text = (made.out / "report.md").read_text()
     assert "samples.png" in text and "quality-vs-calls.png" in text
     assert "train.demo --preset digits --minutes 0.05 --num 20 --seed 0" in text
-    for start in ("| teacher, DDIM | 64 |", "| student | 1 |", "| student, 4 steps |", "| teacher, DDIM, 8 steps |"):
+    for start in (
+        "| teacher, DDIM | 64 |",
+        "| student | 1 |",
+        "| SiD | 1 |",
+        "| SiD, 1 step |",
+        "| student, 4 steps |",
+        "| teacher, DDIM, 8 steps |",
+    ):
         assert start in text
     assert all(f"\n| {name} | " in text for name in RUNS)
     for name in ("samples.png", "quality-vs-calls.png"):
@@ -56,7 +65,7 @@ def test_report_and_pictures(made):
 
 def test_a_second_demo_reuses_the_runs(made, monkeypatch):
     def files():
-        every = {name: snapshot(made.out / name) for name in ("teacher", "stage1", "stage2")}
+        every = {name: snapshot(made.out / name) for name in ("teacher", "stage1", "stage2", "sid")}
         return {
             name: {key: value for key, value in found.items() if key != "config.json"} for name, found in every.items()
         }

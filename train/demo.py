@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded data set, in `--minutes` minutes: three recipes, scores and pictures."""
+"""The whole pipeline on the embedded data set, in `--minutes` minutes: four recipes, scores and pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +21,12 @@ from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
 from fastdiff.sample import check_device, generate, make_folder
-from train import loop, rounds, stage1, stage2, teacher
+from train import loop, rounds, sid, stage1, stage2, teacher
 
 GUIDANCE = (0.0, 1.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
 STUDENT_STEPS = (8, 4, 2, 1)
-SHARES = {"teacher": 0.26, "stage1": 0.22, "stage2": 0.52}  # of the time for training
+SHARES = {"teacher": 0.22, "stage1": 0.18, "stage2": 0.38, "sid": 0.22}  # of the time for training
 RESERVE = 0.07  # of all time, for what was measured too fast
 ROUND_UNITS = 3.0  # a round of stage 2 with N ≤ 2 steps lasts as long as three others
 TIMED_STEPS = 1024
@@ -50,7 +51,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Teacher, stage 1, stage 2, scores and pictures on the embedded data set."""
+    """Teacher, stage 1, stage 2, SiD, scores and pictures on the embedded data set."""
     if not options.minutes > 0:
         raise UserError(f"--minutes must be positive, got {options.minutes:g}")
     if options.num < 2:
@@ -101,10 +102,16 @@ class Models:
     guided: Guided
     stage1: Denoiser
     students: dict[int, Denoiser]
+    sid: Denoiser
+
+    def rows(self) -> list[tuple[str, torch.nn.Module, int]]:
+        """(name, model, steps) of each line of the tables."""
+        rows = [("teacher, DDIM", self.guided, steps) for steps in TEACHER_STEPS]
+        return [*rows, *(("student", self.students[steps], steps) for steps in STUDENT_STEPS), ("SiD", self.sid, 1)]
 
 
 def train_all(options: Options, spec: str, clock: Clock) -> Models:
-    """Run, continue or reuse the three recipes; each gets its share of the time that is left when it starts."""
+    """Run, continue or reuse the four recipes; each gets its share of the time that is left when it starts."""
     common = {"data": spec, "device": options.device, "precision": options.precision, "seed": options.seed}
     dataset = data.load(spec, "train")
 
@@ -114,77 +121,89 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
     remaining = dict(SHARES)
 
     def planned(
-        name: str, recipe: loop.LoopOptions, model: Denoiser, loss: loop.Loss, units: float
+        name: str, recipe: loop.LoopOptions, trial: Callable[[], tuple[list[loop.Updater], loop.Batches]], units: float
     ) -> loop.LoopOptions:
         """The recipe with as many updates as its share of the time allows, or as many as it was begun with."""
         share = remaining.pop(name) / (sum(remaining.values()) + SHARES[name])
         if (updates := _begun(recipe.out)) is None:
             seconds = max(0.0, clock.left() - evaluation) * share
-            updates = max(20, int(seconds / _update_seconds(model, loss, dataset, recipe) / units))
+            updates = max(20, int(seconds / _update_seconds(*trial()) / units))
         print(f"[{clock}] {name}: {updates} updates{' a round' if name == 'stage2' else ''}")
-        save_every = updates if name == "stage2" else max(1, updates // 2)  # a round of stage 2 is short by itself
-        return replace(recipe, updates=updates, save_every=save_every, resume=recipe.out.exists())
+        halves = name in ("teacher", "stage1")  # the others are short by themselves, or in their rounds
+        return replace(
+            recipe, updates=updates, save_every=max(1, updates // 2) if halves else updates,
+            resume=recipe.out.exists(),
+        )  # fmt: skip
 
-    recipe = planned("teacher", recipe, fresh, distill.teacher, 1)
+    def images(model: Denoiser, loss: loop.Loss, recipe: loop.LoopOptions):
+        copied = copy.deepcopy(model).requires_grad_(True)
+        return [loop.Updater(recipe, copied, loss)], loop.ImageBatches(dataset, recipe, 0, torch.device(options.device))
+
+    recipe = planned("teacher", recipe, lambda: images(fresh, distill.teacher, recipe), 1)
     guided = Guided(teacher.train(recipe))
 
     recipe = _options(stage1, options, "stage1", teacher=recipe.out, **common)
     limits = recipe.guidance_range
     student = stage1.student_of(guided.denoiser, limits)
-    recipe = planned("stage1", recipe, student, lambda m, b: distill.stage1(m, guided, b, guidance_range=limits), 1)
+    matching = partial(distill.stage1, teacher=guided, guidance_range=limits)
+    recipe = planned("stage1", recipe, lambda: images(student, lambda m, b: matching(m, batch=b), recipe), 1)
     first = stage1.train(recipe)
 
-    recipe = _options(stage2, options, "stage2", teacher=recipe.out, **common)
+    recipe = _options(stage2, options, "stage2", teacher=options.out / "stage1", **common)
     all_steps = rounds.student_steps(recipe.start_steps, recipe.end_steps)
     units = sum(ROUND_UNITS if steps <= 2 else 1 for steps in all_steps)
-    recipe = planned(
-        "stage2", recipe, first, lambda m, b: distill.stage2(m, first, b, steps=8, guidance_range=limits), units
-    )
+    halving = partial(distill.stage2, teacher=first, steps=8, guidance_range=limits)
+    recipe = planned("stage2", recipe, lambda: images(first, lambda m, b: halving(m, batch=b), recipe), units)
     stage2.train(replace(recipe, last_updates=int(ROUND_UNITS * recipe.updates)))
     students = {n: checkpoint.load(recipe.out / f"steps-{n}", device=options.device) for n in STUDENT_STEPS}
-    return Models(guided, first, students)
+
+    recipe = _options(sid, options, "sid", teacher=options.out / "stage1", score_num=max(2, options.num // 4), **common)
+    recipe = planned("sid", recipe, lambda: sid.learning(first, recipe), 1)
+    generator = sid.train(recipe)
+    return Models(guided, first, students, generator)
 
 
 def score_all(options: Options, models: Models, reference: Reference) -> list[dict]:
-    """The guided teacher with DDIM and the students, at each guidance strength."""
-    runs = [("teacher, DDIM", models.guided, steps) for steps in TEACHER_STEPS]
-    runs += [("student", models.students[steps], steps) for steps in STUDENT_STEPS]
+    """The guided teacher with DDIM and its students, at each guidance strength."""
     return [
         evaluate(
-            model, reference, name=name, guidance=w, steps=steps, num=options.num, seed=options.seed,
-            precision=options.precision,
+            model, reference, name=name, guidance=w, steps=steps, num=options.num, sampler=model.config.sampler,
+            seed=options.seed, precision=options.precision,
         )
-        for name, model, steps in runs for w in GUIDANCE
+        for name, model, steps in models.rows() for w in GUIDANCE
     ]  # fmt: skip
 
 
 def time_all(models: Models, options: Options) -> dict:
-    """Wall-clock of one batch: the 1024-step guided teacher against the 4- and 1-step students, in one run."""
+    """Wall-clock of one batch: the 1024-step guided teacher against few-step students, in one run."""
 
     def seconds(model: torch.nn.Module, steps: int) -> float:
         start = time.perf_counter()
         for images in generate(
-            model, num=TIMED_BATCH, guidance=1.0, steps=steps, seed=options.seed, batch_size=TIMED_BATCH,
-            precision=options.precision,
+            model, num=TIMED_BATCH, guidance=1.0, steps=steps, sampler=model.config.sampler, seed=options.seed,
+            batch_size=TIMED_BATCH, precision=options.precision,
         ):  # fmt: skip
             images.cpu()
         return time.perf_counter() - start
 
-    for model, steps in ((models.guided, 2), (models.students[4], 4), (models.students[1], 1)):
-        seconds(model, steps)  # warm up
-    students: dict[int, list[float]] = {4: [], 1: []}
+    timed = {"4_step_student": (models.students[4], 4), "1_step_student": (models.students[1], 1)}
+    timed["sid"] = (models.sid, 1)
+    times: dict[str, list[float]] = {name: [] for name in timed}
 
-    def time_students() -> None:
-        for steps, times in students.items():
-            times += [seconds(models.students[steps], steps) for _ in range(5)]
+    def time_students(trials: int) -> None:
+        for _ in range(trials):
+            for name, (model, steps) in timed.items():
+                times[name].append(seconds(model, steps))
 
-    time_students()
+    time_students(1)  # warms up
+    seconds(models.guided, 2)
+    times = {name: [] for name in timed}
+    time_students(5)
     slow = seconds(models.guided, TIMED_STEPS)
-    time_students()  # before and after, so that a change of the machine's speed shows on both sides
-    fast = {steps: statistics.median(times) for steps, times in students.items()}
+    time_students(5)  # before and after, so that a change of the machine's speed shows on both sides
     return {
         "batch": TIMED_BATCH, "guidance": 1.0, "teacher_steps": TIMED_STEPS,
-        **{f"teacher_over_{steps}_step_student": round(slow / time_, 1) for steps, time_ in fast.items()},
+        **{f"teacher_over_{name}": round(slow / statistics.median(found), 1) for name, found in times.items()},
     }  # fmt: skip
 
 
@@ -192,12 +211,13 @@ def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance
     """Teacher and students side by side: one row a class, one column a noise, the same in every panel."""
     classes = models.guided.num_classes
     panels = [("teacher", models.guided, steps) for steps in (64, 4, 1)]
-    panels += [("student", models.students[steps], steps) for steps in STUDENT_STEPS]
+    panels += [("student", models.students[steps], steps) for steps in STUDENT_STEPS] + [("SiD", models.sid, 1)]
     drawn = []
     for name, model, steps in panels:
         images = generate(
             model, num=classes * columns, labels=torch.arange(classes).repeat_interleave(columns),
             noise_ids=torch.arange(columns).repeat(classes), guidance=guidance, steps=steps, seed=seed,
+            sampler=model.config.sampler,
         )  # fmt: skip
         drawn.append((_with_steps(name, steps), torch.cat([part.cpu() for part in images])))
     figures.save_panels(drawn, path, columns=columns)
@@ -223,7 +243,7 @@ def report(results: dict, options: Options) -> str:
         + " | ".join(f"w = {w:g}" for w in GUIDANCE) + " |",
         "|---|" + "---:|" * len(GUIDANCE),
     ]  # fmt: skip
-    for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS)):
+    for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS), ("SiD", (1,))):
         for steps in all_steps:
             cells = (f"{fd(model, steps, w) / fd('teacher, DDIM', 64, w):.2f}" for w in GUIDANCE)
             lines.append(f"| {_with_steps(model, steps)} | " + " | ".join(cells) + " |")
@@ -235,8 +255,9 @@ def report(results: dict, options: Options) -> str:
         f"{results['peak_memory_gb']} GB of memory at most.",
         "",
         f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
-        f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student and "
-        f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student.",
+        f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student, "
+        f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student and "
+        f"{timing['teacher_over_sid']:.0f} times as long as the SiD generator.",
         "",
         "| run | updates | images | minutes |", "|---|---:|---:|---:|",
     ]  # fmt: skip
@@ -263,16 +284,14 @@ def _begun(out: Path) -> int | None:
         return None
 
 
-def _update_seconds(
-    model: Denoiser, loss: Callable, dataset: data.Dataset, options: loop.LoopOptions, trials: int = 8
-) -> float:
-    """Median time of an update, on a copy of the model."""
-    updater = loop.Updater(options, copy.deepcopy(model).requires_grad_(True), loss)
-    batches, times = data.Batches(dataset, options.batch_size), []
+def _update_seconds(updaters: list[loop.Updater], batches: loop.Batches, trials: int = 8) -> float:
+    """Median time of an update of all networks that learn."""
+    times = []
     for _ in range(trials + 2):
         start = time.perf_counter()
-        updater.update(loop.to_device(next(batches), dataset.num_classes, 0, updater.device))
-        updater.check_finite()  # waits for the device
+        for updater in updaters:
+            loop.update_alone(updater, updaters, next(batches))
+            updater.check_finite()  # waits for the device
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
@@ -286,7 +305,7 @@ def _evaluation_seconds(model: Denoiser, options: Options) -> float:
         for images in generate(model, num=batch, steps=1, batch_size=batch, precision=options.precision):
             images.cpu()
         times.append(time.perf_counter() - start)
-    calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * sum(STUDENT_STEPS)
+    calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * (sum(STUDENT_STEPS) + 1)
     rows = calls * options.num + 2 * TIMED_STEPS * TIMED_BATCH
     return 1.1 * rows * statistics.median(times[1:]) / batch
 
@@ -304,7 +323,7 @@ def _peak_memory_gb() -> float | None:
 def _training(out: Path) -> list[dict]:
     """Updates, images and seconds of each run, from the logs."""
     runs: dict[str, dict] = {}
-    for name in ("teacher", "stage1", "stage2"):
+    for name in ("teacher", "stage1", "stage2", "sid"):
         for line in (out / name / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             run = runs.setdefault(row["run"], {"run": row["run"], "updates": 0, "images": 0, "seconds": 0.0})

@@ -1,0 +1,291 @@
+"""A one-step generator from a teacher alone ([SiD]): `python -m train.sid --teacher runs/stage1 --out runs/sid`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import kernels
+from fastdiff import checkpoint, cli, data, distributed, metrics, sid
+from fastdiff.denoiser import Denoiser, DenoiserConfig, require_fit, with_guidance
+from fastdiff.distill import TRAINING_STREAM, Batch
+from fastdiff.errors import UserError
+from fastdiff.evaluate import Reference, evaluate
+from fastdiff.sample import generate
+from fastdiff.samplers import SIGMA_INIT
+from fastdiff.schedule import KarrasSchedule
+from train import loop
+
+LABELS = TRAINING_STREAM + 3
+DROPPED = 0.01  # the share of samples whose loss may be not finite
+COLLAPSED, REPEATED = (
+    0.5,
+    0.1,
+)  # alarms: variety relative to the teacher's, share of near-duplicates beyond the teacher's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(loop.LoopOptions):
+    teacher: Path
+    """A run of train.teacher, or of train.stage1 for a generator that takes w."""
+    data: str | None = None
+    """Only to score the generator with; no image is read for training."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance strengths w to learn, of a stage-1 teacher; default: all of its own."""
+    class_frequencies: tuple[float, ...] = ()
+    """How often each class is drawn, in any unit; default: all equally often."""
+    alpha: float = 1.2
+    """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1."""
+    t_max: float = 800
+    """The generator's loss draws t from 0 to this, of 1000: σ up to 24."""
+    sigma_init: float = SIGMA_INIT
+    """The noise level from which the generator starts."""
+    sigma_min: float = 0.002
+    """Noise level at t = 0."""
+    sigma_max: float = 80.0
+    """Noise level at t = 1000."""
+    fake_lr: float | None = None
+    """Learning rate of the fake score network; default: --lr."""
+    score_num: int = 1024
+    """Images a score, made at every --save-every."""
+    score_guidance: tuple[float, ...] = (0.0, 1.0, 4.0)
+    """Guidance strengths w to score, as far as they are learned."""
+    batch_size: int = 128
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.0, 0.999)
+    """Adam's decay rates for the generator; the fake score's first is always 0."""
+    warmup: int = 0
+    anneal: Literal["none", "linear"] = "none"
+    clip_norm: float = 0.0
+    ema: float = 0.999
+    dropout: float | None = 0.0
+
+
+PUBLISHED = {"precision": "bf16", "save_every": 2000, "keep": 3}
+PRESETS = {
+    "digits": {"data": "digits"},
+    "fashion-mnist": {"data": "fashion-mnist"},
+    # Half of the moving average is younger than 0.5 million images (2 million for ImageNet).
+    "cifar10": PUBLISHED | {
+        "data": "cifar10", "batch_size": 256, "lr": 1e-5, "ema": 0.99965, "updates": 390_625, "dropout": 0.13,
+    },
+    "imagenet64": PUBLISHED | {
+        "data": "data/imagenet64", "batch_size": 8192, "accumulate": 64, "lr": 4e-6, "ema": 0.99717, "updates": 12_208,
+        "dropout": 0.1,
+    },
+    "ffhq64": PUBLISHED | {
+        "data": "data/ffhq64", "batch_size": 512, "lr": 1e-5, "betas": (0.9, 0.999), "ema": 0.99929,
+        "updates": 195_313, "dropout": 0.05,
+    },
+    "afhqv2-64": PUBLISHED | {
+        "data": "data/afhqv2-64", "batch_size": 512, "lr": 5e-6, "alpha": 1.0, "ema": 0.99929, "updates": 195_313,
+        "dropout": 0.05,
+    },
+}  # fmt: skip
+
+
+def main(options: Options) -> None:
+    """Distil a teacher into a one-step generator, without data."""
+    train(options)
+
+
+def train(options: Options) -> Denoiser | None:
+    """Run or continue the recipe; returns the generator, None for a dry run. Raises UserError."""
+    check(options)
+    teacher = checkpoint.load(options.teacher, device=options.device)
+    config = check_teacher(teacher, options)
+    dataset = data.load(options.data, "train") if options.data else None
+    if dataset is not None:
+        require_fit(teacher, dataset, options.teacher)
+    if options.dry_run:
+        plan = (
+            f"updates      {options.updates} of the fake score and of the generator, {options.batch_size} images each"
+        )
+        loop.print_plan(config, options, [plan], teacher=teacher, learners=2, rows=3)
+        return None
+    loop.prepare(options, dataset)
+    torch.manual_seed(options.seed)
+    updaters, batches = learning(teacher, options)
+    return loop.run(updaters, batches, options, "sid", watch=scorer(teacher, dataset, config, options))
+
+
+def check(options: Options) -> None:
+    """Raises UserError for options that make no sense."""
+    options.check()
+    if not 0 < options.alpha <= 2:
+        raise UserError(f"--alpha must be in (0, 2], got {options.alpha:g}; 1.2 and 1 are the published ones")
+    if not 0 < options.t_max <= 1000:
+        raise UserError(f"--t-max must be in (0, 1000], got {options.t_max:g}")
+    if not 0 < options.sigma_min < options.sigma_max < math.inf:
+        raise UserError(
+            f"--sigma-min {options.sigma_min:g} --sigma-max {options.sigma_max:g}: need 0 < the first < the second"
+        )
+    if not 0 < options.sigma_init < math.inf:
+        raise UserError(f"--sigma-init must be a positive number, got {options.sigma_init:g}")
+    if options.fake_lr is not None and not options.fake_lr > 0:
+        raise UserError(f"--fake-lr must be positive, got {options.fake_lr:g}")
+    if options.score_num < 2:
+        raise UserError(f"--score-num {options.score_num}: a score needs at least 2 images")
+    frequencies = options.class_frequencies
+    if frequencies and not (all(0 <= f < math.inf for f in frequencies) and sum(frequencies) > 0):
+        raise UserError("--class-frequencies must be numbers ≥ 0, and not all 0")
+
+
+def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
+    """What the generator's checkpoint will say of itself. Raises UserError for a teacher that does not serve."""
+    kind, source = teacher.config.kind, options.teacher
+    if kind not in ("teacher", "stage1"):
+        raise UserError(f"{source} is a {kind} model: distil a run of train.teacher or of train.stage1")
+    if options.class_frequencies and len(options.class_frequencies) != teacher.num_classes:
+        raise UserError(
+            f"--class-frequencies has {len(options.class_frequencies)} numbers, but {source} has "
+            f"{teacher.num_classes} classes"
+        )
+    known, asked = teacher.config.guidance_range, options.guidance_range
+    if asked is not None:
+        if known is None:
+            raise UserError(
+                f"--guidance-range: {source} takes no guidance strength; distil it by train.stage1 first, and give "
+                "--teacher that run"
+            )
+        if not known[0] <= asked[0] <= asked[1] <= known[1]:
+            raise UserError(
+                f"--guidance-range {asked[0]:g} {asked[1]:g}: {source} was trained for w in "
+                f"[{known[0]:g}, {known[1]:g}]"
+            )
+    lowest, highest = (math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
+    levels = KarrasSchedule(options.sigma_min, options.sigma_max)
+    needed = (options.sigma_min, max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init))
+    lacks = []
+    if needed[0] < lowest * (1 - 1e-6):
+        lacks.append(f"{needed[0]:.3g} to {lowest:.3g} (raise --sigma-min)")
+    if needed[1] > highest * (1 + 1e-6):
+        lacks.append(f"{highest:.3g} to {needed[1]:.3g} (lower --sigma-max, --t-max or --sigma-init)")
+    if lacks:
+        raise UserError(
+            f"{source} knows noise levels σ from {lowest:.3g} to {highest:.3g}, and SiD would draw from "
+            f"{needed[0]:.3g} to {needed[1]:.3g}: it lacks {' and '.join(lacks)}"
+        )
+    plain = (0.0, 0.0) if teacher.num_classes else None  # w = 0 alone, and no guidance by two calls
+    return replace(
+        teacher.config, kind="sid", sampler="one_step", steps=1, sigma_init=options.sigma_init,
+        guidance_range=asked or known or plain,
+    )  # fmt: skip
+
+
+def learning(teacher: Denoiser, options: Options) -> tuple[list[loop.Updater], loop.Batches]:
+    """What learns, on what: the fake score, and the generator against it ([SiD] alg. 1). Both start as the teacher."""
+    config = check_teacher(teacher, options)
+    teacher.requires_grad_(False).network.gradient_checkpointing = options.gradient_checkpointing
+    fake, generator = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    generator.config = config
+    w = None if teacher.config.guidance_range is None else config.guidance_range
+    levels = KarrasSchedule(options.sigma_min, options.sigma_max)
+
+    def fake_loss(model: Denoiser, batch: Batch) -> Tensor:
+        return sid.fake_score(model, generator, batch, sigma=options.sigma_init, guidance_range=w)
+
+    def generator_loss(model: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return sid.generator(
+            model, teacher, fake, batch, alpha=options.alpha, t_max=options.t_max, levels=levels,
+            sigma=options.sigma_init, guidance_range=w,
+        )  # fmt: skip
+
+    fake_options = replace(options, ema=0.0, lr=options.fake_lr or options.lr, betas=(0.0, options.betas[1]))
+    updaters = [
+        loop.new_updater(fake_options, fake, fake_loss, name="fake_", tolerance=DROPPED),
+        loop.new_updater(options, generator, generator_loss, tolerance=DROPPED),
+    ]
+    return updaters, DrawnBatches(teacher.num_classes, options, updaters[-1].device)
+
+
+class DrawnBatches(Iterator[Batch]):
+    """Classes drawn by sample id, without images: the stream of a data-free recipe."""
+
+    def __init__(self, num_classes: int, options: Options, device: torch.device):
+        self.batch_size, self.device, self.position = options.batch_size, device, 0
+        self.seed = loop.run_seed(options.seed, "sid")
+        frequencies = torch.tensor(options.class_frequencies or [1.0] * num_classes, dtype=torch.float64)
+        self.limits = (frequencies.cumsum(0) / frequencies.sum()).to(device) if num_classes else None
+
+    def __next__(self) -> Batch:
+        ids = distributed.part(torch.arange(self.position, self.position + self.batch_size, device=self.device))
+        self.position += self.batch_size
+        return Batch(None, self._labels(ids), ids, self.seed)
+
+    def _labels(self, ids: Tensor) -> Tensor | None:
+        if self.limits is None:
+            return None
+        draw = kernels.rand(ids.shape, seed=self.seed, sample_ids=ids, step=LABELS, device=self.device)
+        return torch.searchsorted(self.limits, draw.double(), right=True)
+
+    def state(self) -> dict[str, int]:
+        return {"position": self.position, "seed": self.seed}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConfig, options: Options) -> loop.Watch:
+    """The scores at every save: the Fréchet distance where there are data, and the variety of the images.
+
+    A collapse is told by comparing with the teacher's own images, so that it needs no data.
+    """
+    low, high = config.guidance_range or (0.0, 0.0)
+    strengths = [w for w in options.score_guidance if low <= w <= high] or [low]
+    labelled = dataset is not None and dataset.num_classes > 0
+    reference = Reference.load(options.data, device=options.device) if labelled else None
+    labels = torch.arange(options.score_num) % max(1, teacher.num_classes)
+
+    def variety(model, steps: int, sampler: str) -> metrics.Variety:
+        chunks = generate(
+            model, num=options.score_num, labels=labels if teacher.num_classes else None, guidance=strengths[0],
+            steps=steps, sampler=sampler, seed=options.seed,
+        )  # fmt: skip
+        return metrics.variety(torch.cat([part.cpu() for part in chunks]), labels)
+
+    usual: list[metrics.Variety] = []  # the teacher's, once it is needed
+    seen: list[float] = []
+
+    def watch(model: Denoiser) -> dict:
+        if not usual:
+            usual.append(variety(with_guidance(teacher), 32, "ddim"))
+        found, expected = variety(model, 1, "one_step"), usual[0]
+        ratios = found.spread / expected.spread.clamp(min=1e-12)
+        spread, worst = float(ratios.min()), int(ratios.argmin())
+        row = {"spread": round(spread, 4), "near_duplicates": round(found.near_duplicates, 4), "alarms": []}
+        if seen and spread < COLLAPSED and spread <= seen[-1]:  # a generator starts with little variety, and gains it
+            row["alarms"].append(f"class {worst} varies {spread:.2f} times as much as the teacher's images of it")
+        if found.near_duplicates > expected.near_duplicates + REPEATED:
+            row["alarms"].append(
+                f"{found.near_duplicates:.0%} of the images have a near-duplicate, "
+                f"{expected.near_duplicates:.0%} of the teacher's"
+            )
+        seen.append(spread)
+        for alarm in row["alarms"]:
+            if distributed.is_first():
+                print(f"warning: collapse? {alarm}", flush=True)
+        if reference is not None:
+            scores = [
+                evaluate(
+                    model, reference, name="sid", guidance=w, steps=1, num=options.score_num, sampler="one_step",
+                    seed=options.seed, precision=options.precision,
+                )
+                for w in strengths
+            ]  # fmt: skip
+            row["scores"] = [{key: score[key] for key in ("guidance", "fd", "score")} for score in scores]
+            row["fd"] = round(sum(score["fd"] for score in scores) / len(scores), 4)
+        return row
+
+    return watch
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, PRESETS)
