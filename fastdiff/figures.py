@@ -102,9 +102,9 @@ def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
     """Score against FD, each line one method and step count over the guidance strengths; one panel a step count."""
     from matplotlib.ticker import NullFormatter
 
-    counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)]
-    figure, axes = _subplots(len(counts), figsize=(3.6 * len(counts), 3.6), sharey=True)
     most = max(row["steps"] for row in rows)
+    counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)] or [most]
+    figure, axes = _subplots(len(counts), figsize=(3.6 * len(counts), 3.6), sharey=True)
     for axis, steps in zip(axes[0], counts, strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             for count, style in ((steps, "-"), (most, ":")):
@@ -132,3 +132,54 @@ def _subplots(columns: int, *, rows: int = 1, **options):
 
     figure = Figure(figsize=options.pop("figsize"))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]]]], path: str | Path) -> None:
+    """Rows of panels, title -> label -> points of a line, (thousands of images, value); NaN breaks the line.
+
+    Lines of many points are drawn faintly under their moving average. Axes are logarithmic, but for the learning rate,
+    which may end at 0, and for values on both sides of 0 (SiD's losses), where they are so away from 0.
+    """
+    from matplotlib.lines import Line2D
+
+    columns = max(map(len, rows))
+    figure, axes = _subplots(columns, rows=len(rows), figsize=(max(4.2 * columns, 6), 3.1 * len(rows) + 0.5))
+    labels = list(dict.fromkeys(label for row in rows for lines in row.values() for label in lines))
+    colors = {label: f"C{index % 10}" for index, label in enumerate(labels)}
+    for index, row in enumerate(rows):
+        for axis in axes[index, len(row) :]:
+            axis.axis("off")
+        for axis, (title, lines) in zip(axes[index], row.items(), strict=False):
+            values = [np.array([value for _, value in points]) for points in lines.values()]
+            least = min(np.nanmin(line) for line in values)
+            if least < 0:
+                usual = max(np.nanmedian(np.abs(line)) for line in values)
+                axis.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(max(usual, 1e-9))))  # a tick's value
+            elif least > 0 and title != "learning rate":
+                axis.set_yscale("log")
+            for label, points in lines.items():
+                _curve(axis, np.array(points, dtype=float), colors[label])
+            axis.set(xlabel="thousands of images")
+            axis.set_title(title, fontsize=10)
+            axis.grid(alpha=0.3)
+    handles = [Line2D([], [], color=color) for color in colors.values()]
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
+    figure.tight_layout(rect=(0, 0.3 * -(-len(labels) // columns) / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axis, points: np.ndarray, color: str) -> None:
+    """A line of (N, 2) points, with its moving average where they are many."""
+    (x, y), window = points.T, len(points) // 40
+    marker = {"marker": "o", "markersize": 3} if len(points) < 20 else {}
+    axis.plot(x, y, color=color, linewidth=1, alpha=0.3 if window > 1 else 1, **marker)
+    if window > 1:
+        axis.plot(x, _moving_average(y, window), color=color, linewidth=1.5)
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and its `window` neighbours, of those that are there and not NaN; NaN where it is."""
+    known = np.isfinite(values)
+    around = np.ones(2 * (window // 2) + 1)
+    total = np.convolve(np.where(known, values, 0), around, mode="same")
+    return np.where(known, total / np.maximum(np.convolve(known, around, mode="same"), 1), np.nan)

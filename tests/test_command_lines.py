@@ -139,7 +139,7 @@ def test_a_process_ends_with_one_sentence(processes, name):
 def test_help(run, name):
     result = run(name, "--help")
     assert result.code == 0 and not result.err
-    assert "--device" in result.out and "usage" in result.out
+    assert ("--device" in result.out or name in ("status", "plot")) and "usage" in result.out
     through = run("fastdiff", name, "--help")
     assert (through.code, through.out) == (0, result.out)
 
@@ -318,6 +318,8 @@ def test_evaluate_needs_labels(run, tmp_path):
 
 def damage(folder, what):
     weights, config = folder / "model.safetensors", folder / "model.json"
+    if what in ("another architecture", "unknown field", "another format"):
+        (folder / "manifest.json").unlink()  # it would name the file before anything is read
     match what:
         case "truncated":
             weights.write_bytes(weights.read_bytes()[:1000])
