@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import cli, data, metrics
+from fastdiff import cli, data, distributed, metrics
 from fastdiff.denoiser import require_fit
 from fastdiff.errors import UserError
 from fastdiff.sample import SamplingOptions, check_guidance, check_output, generate
@@ -63,8 +63,9 @@ def evaluate(
         images = images.cpu()  # waits for the device, so that the time is the samples' own
         seconds += time.perf_counter() - start
         reference.extractor.add(moments, images)
+    calls = int(distributed.total(torch.tensor(model.network_rows - rows)))
     return {
-        "model": name, "sampler": sampler, "steps": steps, "nfe": (model.network_rows - rows) / num,
+        "model": name, "sampler": sampler, "steps": steps, "nfe": calls / num,
         "guidance": guidance,
         "fd": round(metrics.frechet_distance(moments, reference.moments), 4), "score": round(moments.score(), 4),
         "images_per_second": round(num / seconds, 2), "num": num, "seed": seed,
@@ -117,7 +118,7 @@ def main(options: Options) -> None:
     model, steps, sampler = options.model()
     for guidance in options.guidance:
         check_guidance(model, guidance)
-    check_output(options.out, options.overwrite, file=True)
+    distributed.first(lambda: check_output(options.out, options.overwrite, file=True))
     require_fit(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
     rows = []
@@ -127,9 +128,11 @@ def main(options: Options) -> None:
             sampler=sampler, variance=options.variance, seed=options.seed, batch_size=options.batch_size,
             clip=options.clip, precision=options.precision,
         ))  # fmt: skip
-        print(json.dumps(rows[-1]))
-    options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")
-    print(table(rows, reference.describe()))
+        if distributed.is_first():
+            print(json.dumps(rows[-1]))
+    if distributed.is_first():
+        options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")
+        print(table(rows, reference.describe()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from train import loop
 
 REAL_PREVIEW = loop.preview
 CONFIG = DenoiserConfig(TINY)
+PLACES = ("whole", "parts")
 DATASET = data.Dataset(
     np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8),
     np.arange(40) % 10, tuple("0123456789"), "noise", "train",
@@ -259,7 +262,9 @@ def test_log_pictures_and_checkpoints(tmp_path, monkeypatch):
     rows = read_log(tmp_path / "run")
     assert [row["update"] for row in rows] == [3, 6, 9, 10]
     for row in rows:
-        assert set(row) == {"run", "update", "images", "loss", "grad_norm", "lr", "images_per_second", "time"}
+        assert set(row) == {
+            "run", "update", "images", "kimg", "loss", "loss_quarters", "grad_norm", "lr", "images_per_second", "time",
+        }  # fmt: skip
         assert row["run"] == "run" and row["images"] == 16 * row["update"]
         assert 0 < row["loss"] < 2 and row["grad_norm"] > 0 and row["images_per_second"] > 0
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
@@ -471,3 +476,61 @@ def test_a_folder_made_empty_before_is_taken(tmp_path):
     fit(tmp_path / "run", updates=1)
     assert checkpoint.find(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
+
+
+# --- signals, and what a later version knows of an earlier one's runs ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, capsys, number):
+    def loss(model, batch):
+        if int(batch.sample_ids[0]) == 16 * 6:
+            os.kill(os.getpid(), number)
+        return teacher_loss(model, batch)
+
+    before = signal.getsignal(number)
+    whole = fit(tmp_path / "whole", ema=0.9, log_every=2, save_every=5)
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path / "parts", loss=loss, ema=0.9, log_every=2, save_every=5)
+    assert not stopped.value.code and signal.getsignal(number) is before
+    assert "stopped after update 7 of 12" in capsys.readouterr().out
+    assert (tmp_path / "parts" / "checkpoint-0000007").is_dir()
+    continued = fit(tmp_path / "parts", ema=0.9, log_every=2, save_every=5, resume=True)
+    assert_same_weights(whole, continued, atol=0, rtol=0)
+    times = ("time", "images_per_second")
+    logs = [[{k: v for k, v in row.items() if k not in times} for row in read_log(tmp_path / p)] for p in PLACES]
+    assert logs[0] == logs[1]
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with loop.Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked(1) and not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [128 + signal.SIGTERM]
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
+    out = tmp_path / "run"
+    whole = fit(tmp_path / "whole", log_every=1, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        fit(out, loss=stop_at(8), log_every=1, save_every=5)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"run": "run", "upd')  # cut off by a crash
+    assert_same_weights(whole, fit(out, log_every=1, save_every=5, resume=True), atol=0, rtol=0)
+    assert [row["update"] for row in read_log(out)] == list(range(1, 13))
+
+
+def test_options_that_an_earlier_version_lacked_had_their_defaults(tmp_path):
+    out = tmp_path / "run"
+    fit(out, updates=2)
+    config = json.loads((out / "config.json").read_text())
+    del config["options"]["betas"]
+    (out / "config.json").write_text(json.dumps(config))
+    fit(out, updates=3, resume=True)
+    del config["options"]["ema"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"--ema was 0\.0, is 0\.5"):
+        fit(out, updates=4, resume=True, ema=0.5)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy
 import torch
@@ -21,12 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdiff
-from fastdiff import checkpoint, data, figures
+from fastdiff import checkpoint, data, distributed, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
-from fastdiff.distill import Batch
+from fastdiff.distill import TIME, Batch
 from fastdiff.errors import UserError
 from fastdiff.sample import check_device, generate, make_folder
+from fastdiff.unet import UNetConfig
 
+MANY_SAMPLES = 10_000  # the fewest over which the share of losses that are not finite is judged
 WATCH_EVERY = 10  # updates between looks at whether the loss is still finite; each look waits for the device
 MAY_CHANGE = {
     "updates",
@@ -47,6 +53,9 @@ MAY_CHANGE = {
 RUN_FILES = (
     "config.json",
     "metrics.jsonl",
+    "scores.jsonl",
+    "tensorboard",
+    "best",
     "samples-*.png",
     f"{checkpoint.PREFIX}*",
     "steps-*",
@@ -54,7 +63,21 @@ RUN_FILES = (
     ".*.replaced",
 )
 
-Loss = Callable[[Denoiser, Batch], Tensor]
+QUARTERS = 4  # of the noise range, for each of which the loss is logged by itself
+
+# The loss of each sample (B,), or that and more values a sample to be logged, by name.
+Loss = Callable[[Denoiser, Batch], Tensor | tuple[Tensor, dict[str, Tensor]]]
+Watch = Callable[[Denoiser], dict]  # the model -> its scores
+
+
+class Batches(Protocol):
+    """An endless stream of batches on the device, which can be stopped and resumed anywhere."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict: ...
+
+    def restore(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +97,7 @@ class LoopOptions:
     updates: int = 2000
     """Optimizer updates in all (in a round, for stage 2)."""
     batch_size: int = 64
-    """Images an update."""
+    """Images an update, over all processes."""
     accumulate: int = 1
     """Split each batch into this many forward and backward passes."""
     lr: float = 2e-3
@@ -82,6 +105,8 @@ class LoopOptions:
     """Updates over which the learning rate rises from 0."""
     anneal: Literal["none", "linear"] = "linear"
     """Whether the learning rate then falls to 0 at the last update."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the gradient's mean and of its mean square."""
     weight_decay: float = 0.0
     """Decoupled (AdamW); 0 is Adam."""
     clip_norm: float = 1.0
@@ -116,37 +141,57 @@ class LoopOptions:
         for name in ("warmup", "weight_decay", "clip_norm", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be two numbers in [0, 1), got {self.betas[0]:g} {self.betas[1]:g}")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema must be in [0, 1), got {self.ema}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} parts")
+        parts = self.accumulate * distributed.world_size()
+        if self.batch_size % parts:
+            raise UserError(
+                f"--batch-size {self.batch_size} does not divide into {parts} equal parts (--accumulate "
+                f"{self.accumulate}, {distributed.world_size()} processes)"
+            )
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: choose one")
         check_device(self.device)
 
 
 class Updater:
-    """The state that an update changes: weights, optimizer, EMA, and what is to be logged.
+    """The state that an update of one network changes: weights, optimizer, EMA, and what is to be logged.
 
-    Nothing here waits for the device: it runs on the `meta` device, where a wait would raise.
+    Each process updates on its part of the batch; gradients are averaged, so that all have the same weights.
+
+    name: before the names of its tensors and logs, where several networks learn. tolerance: the share of samples whose
+    loss may be not finite. Those are left out and counted, and what is not finite in a gradient is replaced; with 0,
+    the first ends the run. Nothing here waits for the device: it runs on the `meta` device, where a wait would raise.
     """
 
-    def __init__(self, options: LoopOptions, denoiser: Denoiser, loss: Loss):
+    def __init__(self, options: LoopOptions, denoiser: Denoiser, loss: Loss, *, name: str = "", tolerance: float = 0.0):
         self.options, self.denoiser, self.loss = options, denoiser, loss
+        self.name, self.tolerance = name, tolerance
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval() if options.ema else denoiser
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
         self.optimizer = optimizer(
-            self.parameters, lr=options.lr, weight_decay=options.weight_decay,
+            self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay,
             fused=True if self.device.type in ("cpu", "cuda") else None,
         )  # fmt: skip
-        self.update_count = self.logged_at = 0
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.update_count = 0
         self.grad_norm = torch.zeros((), device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.dropped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.watched_from = 0  # the update since which dropped samples are counted
+        self.start_log()
+
+    def start_log(self) -> None:
+        """Forget the sums of what is logged."""
+        self.logged_from = self.update_count
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.samples = torch.zeros(QUARTERS, device=self.device)
+        self.sums: dict[str, Tensor] = {}
 
     def learning_rate(self) -> float:
         options, n = self.options, self.update_count
@@ -160,9 +205,20 @@ class Updater:
             group["lr"] = self.learning_rate()
         for part in _split(batch, options.accumulate):
             with _autocast(options.precision, self.device):
-                loss = self.loss(self.denoiser, part).mean() / options.accumulate
+                losses = self.loss(self.denoiser, part)
+            losses, others = losses if isinstance(losses, tuple) else (losses, {})
+            self._log_sums(part, {"loss": losses, **others})
+            if self.tolerance:
+                finite = torch.isfinite(losses)
+                self.dropped += (~finite).sum()
+                losses = torch.where(finite, losses, 0)
+            loss = losses.mean() / options.accumulate
             loss.backward()
-            self.loss_sum += loss.detach()
+            self.loss_sum += loss.detach() / distributed.world_size()
+        distributed.average(parameter.grad for parameter in self.parameters)
+        if self.tolerance:
+            for parameter in self.parameters:
+                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm or float("inf"))
         is_new = ~torch.isfinite(self.loss_sum + self.grad_norm) & (self.first_bad < 0)
         self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
@@ -174,29 +230,70 @@ class Updater:
                 torch._foreach_lerp_(list(self.averaged.parameters()), list(self.denoiser.parameters()), 1 - decay)
         self.update_count += 1
 
+    @torch.no_grad()
+    def _log_sums(self, batch: Batch, values: dict[str, Tensor]) -> None:
+        """Add up values of samples by the quarter of the noise range that each lies in."""
+        quarter = (QUARTERS * batch.uniform(TIME)).long()
+        self.samples.index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+        for name, value in values.items():
+            into = self.sums.setdefault(name, torch.zeros_like(self.samples))
+            into.index_add_(0, quarter, value.detach().float())
+
+    def log(self) -> dict:
+        """What is to be logged of the updates since the last time. Waits for the device."""
+        updates, samples = max(1, self.update_count - self.logged_from), distributed.total(self.samples).clamp(min=1)
+        row = {
+            "loss": float(distributed.total(self.loss_sum)) / updates,
+            "grad_norm": float(self.grad_norm),
+            "lr": self.learning_rate(),
+        }
+        for name, values in self.sums.items():
+            row[f"{name}_quarters"] = [round(v, 6) for v in (distributed.total(values) / samples).tolist()]
+        self.start_log()
+        return {self.name + key: value for key, value in row.items()}
+
     def check_finite(self) -> None:
-        """Raises UserError, with the update, once a loss was not finite. Waits for the device."""
-        bad = int(self.first_bad)
+        """Raises UserError once a loss was not finite, or too many were. Waits for the device."""
+        bad, out = int(distributed.largest(self.first_bad)), self.options.out
         if bad >= 0:
             raise UserError(
-                f"the loss was not finite at update {bad} of {self.options.out}: lower --lr, or use --precision fp32, "
+                f"the loss was not finite at update {bad} of {out}: lower --lr, or use --precision fp32, "
                 "and continue with --resume from the last checkpoint before it"
             )
+        dropped, samples = (
+            int(distributed.total(self.dropped)),
+            (self.update_count - self.watched_from) * self.options.batch_size,
+        )
+        if dropped > self.tolerance * max(samples, MANY_SAMPLES):
+            raise UserError(
+                f"the losses of {dropped} of {samples} samples were not finite up to update {self.update_count} of "
+                f"{out}: lower --lr, or use --precision fp32, and continue with --resume from the last checkpoint"
+            )
+        if samples >= MANY_SAMPLES:
+            self.dropped.zero_()
+            self.watched_from = self.update_count
 
     def tensors(self) -> dict[str, Tensor]:
-        names = [name for name, p in self.denoiser.network.named_parameters() if p.requires_grad]
+        """What `restore` needs; all processes have to ask for it together."""
         tensors = {f"weights/{name}": p for name, p in self.denoiser.network.state_dict().items()}
         if self.options.ema:
             tensors |= {f"ema/{name}": p for name, p in self.averaged.network.state_dict().items()}
-        for name, parameter in zip(names, self.parameters, strict=True):
+        for name, parameter in self.denoiser.network.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value
-        if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        return tensors | {"random/cpu": torch.get_rng_state(), "loss_sum": self.loss_sum}
+        sums = {"loss_sum": self.loss_sum, "samples": self.samples, "dropped": self.dropped}
+        sums |= {f"sums/{name}": value for name, value in self.sums.items()}
+        tensors |= {name: distributed.total(value) for name, value in sums.items()}
+        return {self.name + name: tensor for name, tensor in tensors.items()}
 
-    def restore(self, tensors: dict[str, Tensor], update_count: int) -> None:
-        self.update_count = update_count
+    def counters(self) -> dict[str, int]:
+        return {"update": self.update_count, "logged_at": self.logged_from, "watched_from": self.watched_from}
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        tensors = _under(tensors, self.name)
+        self.update_count = counters["update"]
+        self.logged_from = counters.get("logged_at", self.update_count)
+        self.watched_from = counters.get("watched_from", self.update_count)
         self.denoiser.network.load_state_dict(_under(tensors, "weights/"))
         if self.options.ema:
             self.averaged.network.load_state_dict(_under(tensors, "ema/"))
@@ -208,54 +305,143 @@ class Updater:
                 else torch.empty_like(parameter).copy_(value)  # in the parameter's own memory layout
                 for key, value in state.items()
             }
-        torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
-        self.loss_sum = tensors["loss_sum"].to(self.device)
+        if distributed.is_first():  # they are added up over the processes
+            self.loss_sum = tensors["loss_sum"].to(self.device)
+            self.samples = tensors.get("samples", self.samples).to(self.device)
+            self.dropped = tensors.get("dropped", self.dropped).to(self.device)
+            self.sums = {name: value.to(self.device) for name, value in _under(tensors, "sums/").items()}
 
 
 def fit(denoiser: Denoiser, loss: Loss, dataset: data.Dataset, options: LoopOptions, *, name: str) -> Denoiser:
-    """Train `denoiser` in place and return the model to use: the moving average where there is one.
+    """Train `denoiser` on a data set, in place, and return the model to use: the moving average where there is one.
 
     name: of this run within its folder, for logs, pictures and resuming; a new name starts at update 0.
     Raises UserError when the loss is not finite.
     """
+    updater = new_updater(options, denoiser, loss)
+    return run([updater], ImageBatches(dataset, options, run_seed(options.seed, name), updater.device), options, name)
+
+
+def new_updater(options: LoopOptions, denoiser: Denoiser, loss: Loss, **settings) -> Updater:
+    """An updater with a network that is set up as the options say."""
     denoiser.network.gradient_checkpointing = options.gradient_checkpointing
     if options.dropout is not None:
         for module in denoiser.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = options.dropout
-    seed = run_seed(options.seed, name)
-    updater = Updater(options, denoiser.requires_grad_(True), loss)
-    batches = data.Batches(dataset, options.batch_size, seed=seed, flip=options.flip)
-    _resume(updater, batches, options, name)
+    return Updater(options, denoiser.requires_grad_(True), loss, **settings)
+
+
+def run(
+    updaters: list[Updater], batches: Batches, options: LoopOptions, name: str, *, watch: Watch | None = None
+) -> Denoiser:
+    """Update each network in turn, each on a batch of its own, and return the last one's model in eval mode.
+
+    The last network is the one that is saved and sampled; the others serve it and hold no gradients while it learns.
+    watch: scores the model whenever it is saved; what it returns is written to scores.jsonl, and the model with the
+    lowest "fd" is kept as `best`. Resumes where a run of this name was interrupted. Raises UserError.
+    """
+    main = updaters[-1]
+    if not distributed.is_first():  # dropout differs between processes; all else is drawn by sample
+        torch.manual_seed(run_seed(options.seed, f"{name}/{distributed.rank()}") % 2**63)
+    for updater in updaters:
+        distributed.share(updater.denoiser.state_dict().values())
+    best = _resume(updaters, batches, options, name)
     if options.compile:
-        denoiser.network.compile()
+        for updater in updaters:
+            updater.denoiser.network.compile()
     bar = tqdm(
-        total=options.updates, initial=updater.update_count, desc=name, unit="update", dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
+        total=options.updates, initial=main.update_count, desc=name, unit="update", dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20, disable=not distributed.is_first(),
     )  # fmt: skip
-    logged_at, logged_time = updater.update_count, time.perf_counter()
-    with bar:  # closed before an error is printed
-        while updater.update_count < options.updates:
-            updater.update(to_device(next(batches), dataset.num_classes, seed, updater.device))
+    logged_at, logged_time = main.update_count, time.perf_counter()
+    with Interruption() as interruption, checkpoint.Writer() as writer, bar:  # closed before an error is printed
+        while main.update_count < options.updates:
+            for updater in updaters:
+                update_alone(updater, updaters, next(batches))
             bar.update()
-            n = updater.update_count
+            n = main.update_count
             last = n == options.updates
-            if n % WATCH_EVERY == 0 or last:
-                updater.check_finite()
+            saving = last or n % options.save_every == 0
+            stopping = interruption.asked(n) and not saving
+            if n % WATCH_EVERY == 0 or saving or stopping:
+                for updater in updaters:
+                    updater.check_finite()
             if n % options.log_every == 0 or last:
-                seconds = time.perf_counter() - logged_time
-                speed = (n - logged_at) * options.batch_size / seconds
-                _log(updater, options, name, n - updater.logged_at, speed, bar)
-                updater.logged_at = logged_at = n
-                logged_time = time.perf_counter()
-            if n % options.save_every == 0 or last:
-                updater.check_finite()
-                _save(updater, batches, options, name)
-                preview(updater.averaged, options.out / f"samples-{name}-{n:07d}.png", options.seed)
-    denoiser.eval()
-    return updater.averaged.eval()
+                speed = (n - logged_at) * options.batch_size / (time.perf_counter() - logged_time)
+                _log(updaters, options, name, speed, bar)
+                logged_at, logged_time = n, time.perf_counter()
+            if saving:
+                paused = time.perf_counter()
+                if watch is not None:
+                    best = _score(main, watch, best, options, name, writer)
+                _save(updaters, batches, options, name, best, writer)
+                preview(main.averaged, options.out / f"samples-{name}-{n:07d}.png", options.seed)
+                logged_time += time.perf_counter() - paused
+            if stopping:
+                _save(updaters, batches, options, name, best, writer)
+            if interruption.asked(n) and not last:
+                distributed.first(writer.finish)
+                bar.close()
+                if distributed.is_first():
+                    print(f"stopped after update {n} of {options.updates}, which is saved: go on with --resume")
+                sys.exit(0)
+        distributed.first(writer.finish)
+    for updater in updaters:
+        updater.denoiser.eval()
+    return main.averaged.eval()
+
+
+class Interruption:
+    """SIGINT and SIGTERM ask a run to save and to stop; a second one ends it at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> Interruption:
+        self.came, self.agreed = False, False
+        self.before: dict[int, object] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.came:
+            os._exit(128 + number)
+        self.came = True
+        print("\nstopping after this update; once more to stop at once", file=sys.stderr, flush=True)
+
+    def asked(self, update: int) -> bool:
+        """Whether to stop after this update; several processes agree on it every WATCH_EVERY updates."""
+        if distributed.world_size() == 1:
+            return self.came
+        if update % WATCH_EVERY == 0 and not self.agreed:
+            self.agreed = bool(distributed.largest(torch.tensor(int(self.came))))
+        return self.agreed
+
+
+def update_alone(updater: Updater, updaters: list[Updater], batch: Batch) -> None:
+    """Update one of several networks; the others pass gradients on but collect none."""
+    for other in updaters:
+        other.denoiser.requires_grad_(other is updater)
+        other.denoiser.train(other is updater)
+    updater.update(batch)
+
+
+class ImageBatches:
+    """A data set's images and labels, shuffled, on the device, as the losses take them."""
+
+    def __init__(self, dataset: data.Dataset, options: LoopOptions, seed: int, device: torch.device):
+        self.batches = data.Batches(dataset, options.batch_size, seed=seed, flip=options.flip)
+        self.state, self.restore = self.batches.state, self.batches.restore
+        self.device = device
+
+    def __next__(self) -> Batch:
+        batch = data.Batch(*(distributed.part(tensor) for tensor in next(self.batches)))
+        return to_device(batch, self.batches.dataset.num_classes, self.batches.seed, self.device)
 
 
 def to_device(batch: data.Batch, num_classes: int, seed: int, device: torch.device) -> Batch:
@@ -274,25 +460,35 @@ def run_seed(seed: int, name: str) -> int:
 
 
 def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, steps: int = 32) -> None:
-    """A grid of samples, one row a class (up to ten, evenly chosen), one column a noise; guidance 1."""
+    """A grid of samples, one row a class (up to ten, evenly chosen), one column a noise; w = 1 or the nearest known."""
     if denoiser.config.kind == "encoder":
         return  # it makes noise of images
     training = denoiser.training
     model = with_guidance(denoiser.eval())
     classes = denoiser.num_classes
+    low, high = denoiser.config.guidance_range or (0.0, 1.0)
     rows = min(classes or 4, 10)
     labels = torch.arange(rows).repeat_interleave(columns) * max(1, classes // rows) if classes else None
     images = torch.cat(list(generate(
         model, num=rows * columns, labels=labels, noise_ids=torch.arange(columns).repeat(rows),
-        guidance=1.0 if classes else None, steps=denoiser.config.steps or steps, seed=seed,
+        guidance=min(max(1.0, low), high) if classes else None, steps=denoiser.config.steps or steps, seed=seed,
         sampler=denoiser.config.sampler, batch_size=columns * rows,
     )))  # fmt: skip
-    figures.save_grid(images, path, columns=columns)
+    if distributed.is_first():
+        figures.save_grid(images, path, columns=columns)
     denoiser.train(training)
 
 
-def prepare(options: LoopOptions, dataset: data.Dataset) -> None:
-    """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
+def prepare(options: LoopOptions, dataset: data.Dataset | None) -> None:
+    """`make_run`, by one process for all."""
+    distributed.first(lambda: make_run(options, dataset))
+
+
+def make_run(options: LoopOptions, dataset: data.Dataset | None) -> None:
+    """Make the run's folder and its config.json; dataset None, for a recipe that needs none.
+
+    Raises UserError if it holds another run or something else.
+    """
     out = options.out
     teacher = getattr(options, "teacher", None)
     if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
@@ -305,22 +501,22 @@ def prepare(options: LoopOptions, dataset: data.Dataset) -> None:
                 for path in out.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif options.resume:
-            _check_same(previous, description)
+            _check_same(previous, description, options)
         else:
             raise UserError(
                 f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
                 "or choose another --out"
             )
     make_folder(out)
-    (out / "config.json").write_text(json.dumps(description, indent=1) + "\n")
+    _replace_text(out / "config.json", json.dumps(description, indent=1) + "\n")
 
 
-def describe(options: LoopOptions, dataset: data.Dataset) -> dict:
+def describe(options: LoopOptions, dataset: data.Dataset | None) -> dict:
     """What config.json says: every option, the data, versions, git revision, device."""
-    written = json.loads(json.dumps(asdict(options), default=str))
     return {
-        "options": written,
-        "data_fingerprint": dataset.fingerprint,
+        "recipe": _recipe(options), "processes": distributed.world_size(),
+        "options": _plain(asdict(options)),
+        "data_fingerprint": None if dataset is None else dataset.fingerprint,
         "versions": {
             "fastdiff": fastdiff.__version__, "python": platform.python_version(), "torch": torch.__version__,
             "numpy": numpy.__version__,
@@ -330,16 +526,31 @@ def describe(options: LoopOptions, dataset: data.Dataset) -> dict:
     }  # fmt: skip
 
 
+def _plain(values: dict) -> dict:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def _recipe(options: LoopOptions) -> str:
+    """The module whose command line the options are."""
+    name = type(options).__module__
+    return sys.modules[name].__spec__.name if name == "__main__" else name
+
+
 def print_plan(
-    config: DenoiserConfig, options: LoopOptions, lines: list[str], *, teacher: Denoiser | None = None
-) -> None:
-    """What `--dry-run` prints: model size, what will be run, memory estimate."""
+    config: DenoiserConfig, options: LoopOptions, lines: list[str], *, teacher: Denoiser | None = None,
+    learners: int = 1, rows: int = 1,
+) -> None:  # fmt: skip
+    """What `--dry-run` prints: model size, what will be run, memory estimate.
+
+    learners: networks that train; rows: network rows that an update keeps activations of, for each image of its batch.
+    """
     with torch.device("meta"):
         denoiser = Denoiser(config)
     weights = sum(p.numel() for p in denoiser.parameters())
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
-    copies = 4 + bool(options.ema)  # weights, gradients, two moments, average
-    part = options.batch_size // options.accumulate
+    copies = 4 * learners + bool(options.ema)  # weights, gradients, two moments; average
+    part = rows * options.batch_size // options.accumulate
     activations = activation_bytes(config, part, options)
     total = 4 * (copies * weights + frozen) + activations
     print(f"model        {weights / 1e6:.2f} M parameters, images {'×'.join(map(str, denoiser.image_shape))}")
@@ -395,56 +606,148 @@ def check_buildable(config: DenoiserConfig) -> None:
 
 
 def _split(batch: Batch, parts: int) -> Iterator[Batch]:
-    if parts == 1:
-        yield batch
-        return
-    labels = [None] * parts if batch.label is None else batch.label.chunk(parts)
-    for x, label, ids in zip(batch.x.chunk(parts), labels, batch.sample_ids.chunk(parts), strict=True):
-        yield Batch(x, label, ids, batch.seed)
+    chunks = [[None] * parts if t is None else t.chunk(parts) for t in (batch.x, batch.label, batch.sample_ids)]
+    yield from (Batch(*chunk, batch.seed) for chunk in zip(*chunks, strict=True))
 
 
 def _autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def _forget_after(out: Path, name: str, update: int) -> None:
+    """Drop what was logged of this run after an update that it now goes on from."""
+    for path in (out / "metrics.jsonl", out / "scores.jsonl"):
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if not _is_after(line, name, update)]
+            _replace_text(path, "".join(line + "\n" for line in lines))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at any time."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _is_after(line: str, name: str, update: int) -> bool:
+    try:
+        row = json.loads(line)
+        return row["run"] == name and row["update"] > update
+    except (ValueError, KeyError, TypeError):
+        return True  # cut off while it was written
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Every process's generators; dropout alone draws from them."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    size = distributed.world_size()
+    every = {name: distributed.gather(state[None], size) for name, state in states.items()}
+    return {f"random/{name}/{rank}": state[rank] for name, state in every.items() for rank in range(size)}
+
+
+def _set_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """This process's, if there was one of its number before."""
+    rank = distributed.rank()
+    if f"random/cpu/{rank}" in tensors:
+        torch.set_rng_state(tensors[f"random/cpu/{rank}"])
+    if device.type == "cuda" and f"random/cuda/{rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"random/cuda/{rank}"], device)
+
+
+def remove_resumable(out: Path) -> None:
+    """The numbered checkpoints, which are of no use once their run or round is finished."""
+    for folder in out.glob(f"{checkpoint.PREFIX}*"):
+        shutil.rmtree(folder)
+
+
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _log(updater: Updater, options: LoopOptions, name: str, updates: int, speed: float, bar: tqdm) -> None:
-    row = {
-        "run": name, "update": updater.update_count, "images": updater.update_count * options.batch_size,
-        "loss": float(updater.loss_sum) / updates, "grad_norm": float(updater.grad_norm),
-        "lr": updater.learning_rate(), "images_per_second": round(speed, 1), "time": round(time.time(), 1),
-    }  # fmt: skip
-    updater.loss_sum.zero_()
+def _log(updaters: list[Updater], options: LoopOptions, name: str, speed: float, bar: tqdm) -> None:
+    main = updaters[-1]
+    images = main.update_count * options.batch_size
+    row = {"run": name, "update": main.update_count, "images": images, "kimg": round(images / 1000, 3)}
+    for updater in reversed(updaters):
+        row |= updater.log()
+    row |= {"images_per_second": round(speed, 1), "time": round(time.time(), 1)}
+    if main.device.type == "cuda":
+        row["memory_gb"] = round(torch.cuda.max_memory_allocated(main.device) / 1e9, 3)
     bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s", refresh=False)
-    with open(options.out / "metrics.jsonl", "a") as file:
+    _append(options.out / "metrics.jsonl", row)
+    _to_tensorboard(options.out, name, row)
+
+
+def _to_tensorboard(out: Path, name: str, row: dict) -> None:
+    """The numbers of a line of the log, for those who have TensorBoard installed."""
+    writer = _tensorboard(out) if distributed.is_first() else None
+    if writer is not None:
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{name}/{key}", value, row["images"])
+        writer.flush()
+
+
+@functools.cache
+def _tensorboard(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
+
+
+def _score(
+    main: Updater, watch: Watch, best: dict | None, options: LoopOptions, name: str, writer: checkpoint.Writer
+) -> dict | None:
+    """Log the model's scores; keep it if none was better. Returns the best scores so far."""
+    update = main.update_count
+    row = {"run": name, "update": update, "images": update * options.batch_size} | watch(main.averaged)
+    _append(options.out / "scores.jsonl", row)
+    _to_tensorboard(options.out, name, row)
+    if "fd" not in row or (best is not None and best["fd"] <= row["fd"]):
+        return best
+    distributed.first(lambda: writer.save(options.out / "best", main.averaged))
+    return row
+
+
+def _append(path: Path, row: dict) -> None:
+    if not distributed.is_first():
+        return
+    with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(updater: Updater, batches: data.Batches, options: LoopOptions, name: str) -> None:
-    state = {"run": name, "update": updater.update_count, "logged_at": updater.logged_at, "data": batches.state()}
-    checkpoint.save(
-        options.out / f"{checkpoint.PREFIX}{updater.update_count:07d}", updater.averaged, state=state,
-        state_tensors=updater.tensors(),
-    )  # fmt: skip
-    for old in sorted(options.out.glob(f"{checkpoint.PREFIX}*"))[: -options.keep]:
-        shutil.rmtree(old)
+def _save(
+    updaters: list[Updater], batches: Batches, options: LoopOptions, name: str, best: dict | None,
+    writer: checkpoint.Writer,
+) -> None:  # fmt: skip
+    main = updaters[-1]
+    state = {"run": name, **main.counters(), "data": batches.state(), "best": best}
+    tensors = _random_states(main.device)
+    for updater in updaters:
+        tensors |= updater.tensors()
+    folder = options.out / f"{checkpoint.PREFIX}{main.update_count:07d}"
+    distributed.first(lambda: writer.save(folder, main.averaged, state=state, state_tensors=tensors, keep=options.keep))
 
 
-def _resume(updater: Updater, batches: data.Batches, options: LoopOptions, name: str) -> None:
-    newest = checkpoint.newest(options.out)
-    if newest is None:
-        return
-    state, tensors = checkpoint.load_state(newest)
+def _resume(updaters: list[Updater], batches: Batches, options: LoopOptions, name: str) -> dict | None:
+    """Go on from the newest checkpoint of the run of this name, if there is one; returns the best scores so far."""
+    saved = checkpoint.newest_state(options.out)
+    if saved is None:
+        return None
+    state, tensors = saved
     if state["run"] != name:
-        for old in options.out.glob(f"{checkpoint.PREFIX}*"):
-            shutil.rmtree(old)
-    else:
-        updater.restore(tensors, state["update"])
-        updater.logged_at = state.get("logged_at", state["update"])
-        batches.restore(state["data"])
+        distributed.first(lambda: remove_resumable(options.out))
+        return None
+    for updater in updaters:
+        updater.restore(tensors, state)
+    distributed.first(lambda: _forget_after(options.out, name, state["update"]))
+    _set_random_states(tensors, updaters[-1].device)
+    batches.restore(state["data"])
+    return state.get("best")
 
 
 def _previous_options(out: Path) -> dict:
@@ -457,8 +760,8 @@ def _previous_options(out: Path) -> dict:
     raise UserError(f"{out} is not empty and holds no run of fastdiff: choose another --out")
 
 
-def _check_same(previous: dict, now: dict) -> None:
-    old, new = previous.get("options", {}), now["options"]
+def _check_same(previous: dict, now: dict, options: LoopOptions) -> None:
+    old, new = _completed(previous.get("options", {}), options), now["options"]
     changed = [
         f"--{key.replace('_', '-')} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys()) if key not in MAY_CHANGE and old.get(key) != new.get(key)
@@ -467,6 +770,15 @@ def _check_same(previous: dict, now: dict) -> None:
         changed.append("the data set is another one")
     if changed:
         raise UserError(f"cannot resume {new['out']} with other options: {'; '.join(changed)}")
+
+
+def _completed(old: dict, options: LoopOptions) -> dict:
+    """Options that an earlier version did not have yet had what is now their default."""
+    defaults = {field.name: field.default for field in fields(options) if field.default is not MISSING}
+    completed = _plain(defaults) | old
+    if isinstance(completed.get("unet"), dict):
+        completed["unet"] = _plain(asdict(UNetConfig())) | completed["unet"]
+    return completed
 
 
 def _git_revision() -> str | None:

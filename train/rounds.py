@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdiff import checkpoint, data
+from fastdiff import checkpoint, data, distributed
 from fastdiff.denoiser import Denoiser, require_fit
 from fastdiff.distill import Batch
 from fastdiff.errors import UserError
@@ -78,11 +77,15 @@ def run(options: Options, teacher: Denoiser, loss: RoundLoss, *, kind: str, samp
             student, lambda model, batch, teacher=teacher, steps=steps: loss(model, teacher, batch, steps), dataset,
             replace(options, updates=round_updates(options, steps)), name=f"steps-{steps}",
         )  # fmt: skip
-        checkpoint.save(finished, student)
-        for resumable in options.out.glob(f"{checkpoint.PREFIX}*"):
-            shutil.rmtree(resumable)
+        distributed.first(lambda folder=finished, student=student: finish(folder, student))
         teacher = student
     return teacher
+
+
+def finish(folder: Path, student: Denoiser) -> None:
+    """Keep a round's student; its resumable checkpoints are of no more use."""
+    checkpoint.save(folder, student)
+    loop.remove_resumable(folder.parent)
 
 
 def check(options: Options) -> list[int]:

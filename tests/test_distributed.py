@@ -1,0 +1,115 @@
+"""One, two and four processes on one machine: the same losses, weights and samples, and checkpoints that fit all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+COMMON = ["--batch-size", "16", "--device", "cpu", "--log-every", "1", "--anneal", "none"]
+TINY = ["--unet.channels", "8", "--unet.channel-mult", "1", "--unet.blocks", "1", "--unet.no-middle-attention"]
+ROUNDS = ["--start-steps", "4", "--end-steps", "1", "--updates", "2", "--last-updates", "2"]
+
+
+def launch(processes: int, *arguments) -> None:
+    command = [sys.executable, "-m"] if processes == 1 else [*LAUNCH, str(processes), "-m"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(run: Path, other: Path) -> None:
+    """The same losses and final weights, within rounding."""
+    assert losses(run) == pytest.approx(losses(other), rel=1e-5)
+    files = [sorted(folder.glob("*/model.safetensors"))[-1] for folder in (run, other)]
+    first, second = (load_file(path) for path in files)
+    assert first.keys() == second.keys() and files[0].parent.name == files[1].parent.name
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Six updates of a teacher by one process, its checkpoints at 3 and 6."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    launch(1, "train.teacher", *COMMON, *TINY, "--out", out, "--updates", 6, "--save-every", 3)
+    return out
+
+
+def test_four_processes_begin_and_two_go_on(alone, tmp_path):
+    teacher = ["train.teacher", *COMMON, *TINY, "--out", tmp_path / "run", "--save-every", 3, "--accumulate", 2]
+    launch(4, *teacher, "--updates", 3)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:3], rel=1e-5)
+    launch(2, *teacher, "--updates", 6, "--resume")
+    assert_alike(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["train.stage1", "--updates", "3"],
+        ["train.stage2", *ROUNDS],
+        ["train.encoder", *ROUNDS],
+        ["train.two_student", *ROUNDS],
+        ["train.sid", "--updates", "3", "--score-num", "20", "--data", "digits"],
+    ],
+    ids=lambda recipe: recipe[0],
+)
+def test_two_processes_distil_as_one_does(alone, tmp_path, recipe):
+    for processes in (1, 2):
+        launch(processes, *recipe, *COMMON, "--teacher", alone, "--out", tmp_path / str(processes))
+    assert_alike(tmp_path / "2", tmp_path / "1")
+    if recipe[0] == "train.sid":
+        scores = [json.loads((tmp_path / name / "scores.jsonl").read_text()) for name in "12"]
+        assert scores[0]["fd"] == pytest.approx(scores[1]["fd"], rel=1e-2)
+
+
+def test_two_processes_make_the_same_pictures(alone, tmp_path):
+    pictures = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        sampling = ["--num", 7, "--batch-size", 4, "--steps", 3, "--guidance", 1, "--device", "cpu"]
+        launch(processes, "fastdiff.sample", "--checkpoint", alone, *sampling, "--out", out)
+        pictures.append([np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))])
+    assert len(pictures[0]) == len(pictures[1]) == 7
+    for first, second in zip(*pictures, strict=True):
+        assert np.abs(first - second).max() <= 1
+
+
+def test_a_process_that_dies_ends_the_others_and_is_named(alone, tmp_path):
+    arguments = ["train.teacher", *COMMON, *TINY, "--out", tmp_path / "run", "--updates", 10**6]
+    process = subprocess.Popen(
+        [*LAUNCH, "2", "-m", *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    log, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    (victim,) = [int(pid) for pid, variables in ranks.items() if b"RANK=1" in variables]
+    os.kill(victim, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0 and "rank      : 1" in told
+    assert all(not Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    command = [*LAUNCH, "2", "-m", "train.teacher", *TINY, "--out", str(tmp_path / "run"), "--batch-size", "15"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.stderr.count("error: --batch-size 15 does not divide into 2 equal parts") == 1
+    assert not (tmp_path / "run").exists()
