@@ -27,7 +27,7 @@ class DenoiserConfig:
     kind: str = "teacher"
     """Which recipe trained it, one of KINDS."""
     guidance_range: tuple[float, float] | None = None
-    """The w that it was trained for; None: no guidance inside, use `Guided`."""
+    """The w that it was trained for; None: any."""
     sampler: str = "ddim"
     """The sampler that its steps were trained for."""
     steps: int | None = None
@@ -154,7 +154,8 @@ class Guided(nn.Module):
 
 def with_guidance(denoiser: Denoiser) -> Denoiser | Guided:
     """The model to sample from: a class-conditional one without guidance inside is wrapped in `Guided`."""
-    return Guided(denoiser) if denoiser.num_classes and denoiser.config.guidance_range is None else denoiser
+    inside = denoiser.config.guidance_range is not None and denoiser.config.kind != "two_student"
+    return denoiser if inside or not denoiser.num_classes else Guided(denoiser)
 
 
 def require_fit(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> None:

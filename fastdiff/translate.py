@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdiff import checkpoint, cli, data, figures, samplers
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
-from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image
+from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image, warn
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STRIP_ROWS = 16
@@ -195,14 +195,16 @@ def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Te
 
 def _load(path: Path, option: str, steps: int | None, device: str) -> tuple[nn.Module, int]:
     denoiser = checkpoint.load(path, device=device)
-    kind, sampler = denoiser.config.kind, denoiser.config.sampler
+    kind, sampler, trained = denoiser.config.kind, denoiser.config.sampler, denoiser.config.steps
     wanted = "encode" if option == "--encoder" else "ddim"
-    if denoiser.config.steps is not None and sampler != wanted:
+    if trained is not None and sampler != wanted:
         raise UserError(
             f"{option} {path} is a {kind} model for the {sampler} sampler: "
             + ("give one of train.encoder or an undistilled one" if wanted == "encode" else "give one for ddim")
         )
-    return with_guidance(denoiser), steps or denoiser.config.steps or TEACHER_STEPS
+    if steps is not None and trained is not None and steps != trained:
+        warn(f"{option} {path} was trained for {trained} steps; with {steps} the pictures will be worse")
+    return with_guidance(denoiser), steps or trained or TEACHER_STEPS
 
 
 def _check_label(model: nn.Module, path: Path, label: int | None, option: str) -> None:

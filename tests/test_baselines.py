@@ -1,6 +1,7 @@
 """The recipes beside the main one: stochastic students, encoders and two students; runs, files, command lines."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import torch
 from common import TINY, randomize, snapshot
 from test_command_lines import assert_refused
 
-from fastdiff import checkpoint, data, distill, figures, samplers
-from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
+from fastdiff import checkpoint, data, distill, figures, rotation, samplers
+from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.sample import generate
+from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from train import encoder, loop, stage2, two_student
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -26,7 +28,7 @@ ROUNDS = {"start_steps": 8, "end_steps": 2, "updates": 6, "last_updates": 8, "sa
 RECIPES = {
     "stochastic": (stage2, {"sampler": "stochastic"}, "stage1", ("stage2", "stochastic", LIMITS)),
     "encoder": (encoder, {}, "stage1", ("encoder", "encode", LIMITS)),
-    "two_student": (two_student, {"guidance": 1.0}, "teacher", ("two_student", "ddim", None)),
+    "two_student": (two_student, {"guidance": 1.0}, "teacher", ("two_student", "ddim", (1.0, 1.0))),
 }
 COMMANDS = {"stochastic": ["stage2", "--sampler", "stochastic"], "encoder": ["encoder"], "two_student": ["two_student"]}
 every_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -59,6 +61,17 @@ def updates(monkeypatch):
     return done
 
 
+class Constant(torch.nn.Module):
+    """A network with one output, whatever it is given."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, z, *_):
+        return torch.full_like(z, self.output)
+
+
 def save_model(folder, *, unet=TAUGHT, scale=0.2, **config):
     """A checkpoint with random weights."""
     checkpoint.save(folder, randomize(Denoiser(DenoiserConfig(unet, **config)), scale=scale))
@@ -75,8 +88,7 @@ def test_every_round_is_a_checkpoint_that_says_what_it_is_for(made, name):
     for steps in (4, 2):
         said = json.loads((made / name / f"steps-{steps}" / "model.json").read_text())
         assert (said["kind"], said["sampler"], said["steps"]) == (kind, sampler, steps)
-        assert said["guidance_range"] == (None if limits is None else list(limits))
-        assert said["unet"]["guidance_input"] == (limits is not None)
+        assert said["guidance_range"] == list(limits) and said["unet"]["guidance_input"] == (limits == LIMITS)
         assert said["class_names"] == list("0123456789")
         assert all(value.isfinite().all() for value in checkpoint.load(made / name / f"steps-{steps}").parameters())
     rows = [json.loads(line) for line in (made / name / "metrics.jsonl").read_text().splitlines()]
@@ -90,6 +102,18 @@ def test_students_make_images_in_their_steps(made, name, sampler, calls):
     images = next(generate(model, num=3, guidance=1.0, steps=4, sampler=sampler))
     assert images.shape == (3, 1, 8, 8) and images.isfinite().all()
     assert model.network_rows == 3 * 4 * calls
+
+
+def test_two_students_know_the_strength_that_they_were_trained_for(run, made, tmp_path, runs):
+    of = made / "two_student/steps-4"
+    assert isinstance(with_guidance(checkpoint.load(of)), Guided)
+    for w, warned in ((1, False), (2, True), (0, True)):
+        result = run("sample", "--checkpoint", of, "--guidance", w, "--num", 2, "--out", f"w{w}.png", "--device", "cpu")
+        assert result.code == 0 and bool(result.err) == warned
+        assert not warned or (f"guidance {w} is outside [1, 1]" in result.err and result.err.startswith("warning: "))
+    for w in (0.0, 2.0):
+        with pytest.raises(UserError, match="two_student/steps-4 was trained for w = 1: use --guidance 1, got"):
+            train("two_student", of, tmp_path / "run", start_steps=4, end_steps=1, guidance=w)
 
 
 def test_an_encoder_makes_noise_in_its_steps(made):
@@ -267,6 +291,18 @@ def test_a_dry_run_writes_nothing(run, runs, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_memory_of_two_students_counts_both_rows_of_an_image(run, runs):
+    """An update puts each image through the network with its class and without."""
+    line = ["--start-steps", 8, "--end-steps", 2, "--out", "o", "--device", "cpu", "--dry-run"]
+    said = {}
+    for name, batch in (("two_student", 256), ("encoder", 512)):
+        of = getattr(runs, RECIPES[name][2])
+        out = run(*COMMANDS[name], "--teacher", of, "--batch-size", batch, *line).out
+        assert f"batch        {batch} images" in out
+        said[name] = float(re.search(r"activations ([\d.e+-]+)", out)[1])
+    assert said["two_student"] == pytest.approx(said["encoder"], rel=0.01) and said["two_student"] > 0
+
+
 STAGE1 = {"kind": "stage1", "guidance_range": LIMITS}
 DETERMINISTIC = {"kind": "stage2", "guidance_range": LIMITS, "steps": 8}
 STOCHASTIC = DETERMINISTIC | {"sampler": "stochastic"}
@@ -301,6 +337,33 @@ def test_a_teacher_of_the_wrong_kind_is_refused(run, command, of, said):
     assert_refused(result, "of ", *said)
     shutil.rmtree("of")
     assert_refused(run(*command, "--teacher", "of", "--out", "o", "--device", "cpu"), "there is no checkpoint at of")
+
+
+@pytest.mark.parametrize(
+    ("noise", "start", "end", "gain"),
+    [(CosineSchedule(), 64, 8, 4297), (CosineSchedule(), 512, 256, 135), (KarrasSchedule(), 8, 1, 500)],
+)
+def test_an_encoder_that_would_multiply_its_errors_is_refused(run, noise, start, end, gain):
+    """x̂ is divided by sin φ in v, and φ is tiny at the image."""
+    save_model("of", schedule=noise, parameterization="x", **STAGE1)
+    steps = ["--start-steps", start, "--end-steps", end]
+    result = run("encoder", "--teacher", "of", *steps, "--out", "o", "--device", "cpu")
+    assert_refused(result, "of predicts x", f"one of {end} steps", f"error by {gain}:", "predicts v")
+
+
+@pytest.mark.parametrize("noise", [CosineSchedule(), KarrasSchedule(), LinearBetaSchedule()])
+@pytest.mark.parametrize("parameterization", ["v", "eps", "edm", "x"])
+def test_the_gain_of_an_encoder_is_what_a_wrong_output_does_to_a_step(noise, parameterization):
+    denoiser = Denoiser(DenoiserConfig(TINY, noise, parameterization), network=Constant(0.0))
+    z, steps, moved = torch.zeros(1, 1, 8, 8), 8, []
+    for i in range(steps):  # one step of the sampler at a time, with an output that is 0 and one that is 0.01 off
+        start, end = (torch.tensor([noise.angle(j / steps)], dtype=torch.float64) for j in (i, i + 1))
+        found = []
+        for denoiser.network.output in (0.0, 0.01):
+            found.append(rotation.rotate(z, denoiser(z, start), start - end))
+        moved.append(float((found[1] - found[0]).abs().max()) / 0.01)
+    assert encoder.error_gain(denoiser, steps) == pytest.approx(max(moved), rel=1e-4)
+    assert (max(moved) <= 1) == (parameterization != "x")
 
 
 @pytest.mark.parametrize(

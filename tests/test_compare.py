@@ -2,17 +2,24 @@
 
 import json
 import re
+import shlex
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_command_lines as command_lines
+import torch
+import tyro
 from common import TINY, snapshot
 from PIL import Image
 from test_command_lines import assert_refused
 
 from fastdiff import figures
 from fastdiff.errors import UserError
+from fastdiff.translate import Pair
 from train import compare, encoder, loop, stage1, stage2, teacher, two_student
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -64,6 +71,7 @@ def counted():
             patch.setattr(module, "PRESETS", {"digits": {"batch_size": 16, "start_steps": 16}})
         patch.setattr(compare, "STUDENT_STEPS", STEPS)
         patch.setattr(compare, "RECONSTRUCTED", 8)
+        patch.setattr(compare, "TIMED_BATCH", 4)
         patch.setattr(loop, "preview", lambda *args, **kwargs: None)
         yield Counted(patch)
 
@@ -168,7 +176,32 @@ def test_the_tables_have_a_row_for_each_method_and_steps_and_a_column_for_each_s
         ]
     for name, steps, calls in [("stage 1 and 2", 8, 8), ("guided teacher, DDIM", 2, 4), ("two students, w = 1", 4, 8)]:
         assert [name, str(calls)] in [[line[0], line[3]] for line in lines if int(line[2]) == steps]
-    assert table(report, "Images per second")[0] == header
+
+
+def test_every_row_is_timed_where_its_calls_differ(results, report):
+    timing = results["timing"]
+    expected = {(name, steps, w) for (name, steps), (_, strengths) in rows_expected().items() for w in strengths}
+    found = {(row["model"], row["steps"], row["guidance"]): row["seconds"] for row in timing["rows"]}
+    assert found.keys() == expected and min(found.values()) > 0
+    assert timing["batch"] == 4 and len(timing["rounds"]) == 5 and {row["times"] for row in timing["rows"]} == {5}
+    header, *lines = table(report, "Wall-clock")
+    assert header == ["method", "D/S", "steps", "calls", "images/s, w > 0", "÷", "images/s, w = 0", "÷"]
+    assert [line[:4] for line in lines] == [line[:4] for line in table(report, "FD")[1:]]
+    for name, _, steps, _, *cells in lines:
+        for w, (speed, ratio) in zip((1.0, 0.0), (cells[:2], cells[2:]), strict=True):
+            seconds = found.get((name, int(steps), w))
+            assert (speed == ratio == "") if seconds is None else float(speed) == pytest.approx(4 / seconds, abs=0.5)
+            slowest = found["guided teacher, DDIM", 2, w]
+            assert seconds is None or float(ratio) == pytest.approx(slowest / seconds, abs=0.005)
+
+
+def test_the_headline_sets_a_student_against_the_most_steps_of_the_teacher(results, report):
+    header, *lines = table(report, "Headline")
+    assert header == ["w", "teacher's FD", "student", "steps", "FD", "calls ÷", "time ÷"]
+    assert [line[0] for line in lines] == ["0", "1"] and "with 2 DDIM steps" in report
+    for line, found in zip(lines, compare.headline(results), strict=True):
+        assert line[1] == f"{found['teacher']['fd']:.2f}"
+        assert line[2] == ("none" if found["student"] is None else found["student"]["model"])
 
 
 def test_reconstruction_is_measured_at_equal_and_at_twice_the_calls(results, report):
@@ -192,11 +225,9 @@ def test_the_report_says_how_it_was_made(report, results):
     assert results["reference"]["extractor"] in report
 
 
-def test_the_command_in_the_report_makes_the_same_report(report):
-    """With every option that is not a default."""
-    command = re.search(r"`(python -m fastdiff\.compare.*?)`", report)[1]
-    for option in ("--updates 4 4 2", "--teacher-steps 2 1", "--guidance 0"):
-        assert option in command
+def test_the_command_in_the_report_makes_the_same_report(made, report):
+    command = re.search(r"`python -m fastdiff\.compare (.*?)`", report)[1]
+    assert tyro.cli(compare.Options, args=[*shlex.split(command), "--out", str(made.out), "--device", "cpu"]) == made
 
 
 def test_the_figures_are_not_blank(made, report):
@@ -207,6 +238,30 @@ def test_the_figures_are_not_blank(made, report):
         with Image.open(made.out / name) as picture:
             assert picture.width > 500 and picture.height > 100
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 30
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(made, results, monkeypatch, precision):
+    """Once, they were float32 beside scores of bfloat16."""
+    seen = []
+
+    def spy(of):
+        def function(*arguments, precision, **others):
+            seen.append(precision)
+            return of(*arguments, precision=precision, **others)
+
+        return function
+
+    monkeypatch.setattr(compare, "generate", spy(compare.generate))
+    monkeypatch.setattr(Pair, "translate", spy(Pair.translate))
+    monkeypatch.setattr(figures, "save_panels", lambda panels, *_, **__: None)
+    options = replace(made, precision=precision, methods=("teacher", "deterministic"), guidance=(1.0,))
+    compare.draw({"rows": []}, options, SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1))
+    timing = compare.time_all(options, results["rows"])
+    errors = compare.reconstruction(options)
+    assert seen == [precision] * (4 + 6 * len(timing["rows"]) + 5)  # panels; timing, with warming up; pairs
+    exact = [row for row in results["reconstruction"] if row["guidance"] == 1]
+    assert (errors == exact) == (precision == "fp32")
 
 
 # --- running again ---
@@ -226,6 +281,20 @@ def test_running_again_repeats_nothing(made, counted, monkeypatch):
     compare.main(made)
     assert contents(made) == before and len(drawn) == 1
     assert not counted.updates and not counted.rows
+
+
+def test_a_folder_that_was_moved_or_has_another_path_goes_on(made, counted, tmp_path, monkeypatch):
+    """Each run names its teacher by a path, which was compared as text."""
+    moved = tmp_path / "else" / "where"
+    shutil.copytree(made.out, moved)
+    counted.clear()
+    compare.main(replace(made, out=moved))
+    monkeypatch.chdir(tmp_path)
+    compare.main(replace(made, out=Path("else/where")))
+    assert not counted.updates and not counted.rows
+    with pytest.raises(UserError, match=r"--teacher was .*, is .*fixed-w1-stage1"):
+        replaced = {"teacher": made.out / "fixed-w1-stage1", "preset": "digits", "device": "cpu", "resume": True}
+        stage2.train(stage2.Options(out=moved / "stage2", **(replaced | stage2.PRESETS["digits"])))
 
 
 @pytest.mark.parametrize(
@@ -261,21 +330,135 @@ def test_broken_results_are_refused_and_kept(made, monkeypatch, content):
         path.write_bytes(whole)
 
 
+# --- some methods, and others later ---
+
+FEW = {"methods": ("teacher", "deterministic"), "guidance": (1.0,), "teacher_steps": (2,)}
+
+
+def test_methods_are_trained_and_scored_as_asked_and_others_added_later(made, counted, tmp_path):
+    options = replace(made, out=tmp_path / "few", **FEW)
+    counted.clear()
+    compare.main(options)
+    assert set(counted.updates) == {"teacher", "stage1", "stage2"}
+    assert Counter(name for name, _, _ in counted.rows) == {"stage 1 and 2": 4, "guided teacher, DDIM": 1}
+    first, report = json.loads((options.out / "results.json").read_text()), (options.out / "report.md").read_text()
+    assert "reconstruction" not in first and "## Reconstruction" not in report
+    assert "--methods teacher deterministic --guidance 1 --teacher-steps 2`" in report
+    pictures = ["quality-vs-steps.png", "trade-off.png", "samples-w1.png"]
+    assert re.findall(r"\]\((.*?)\)", report) == pictures
+    assert {path.name for path in options.out.glob("*.png")} == set(pictures)
+
+    counted.clear()
+    compare.main(replace(options, methods=("two-student", "encoder"), fixed_guidance=(2.0,)))
+    assert set(counted.updates) == {"two-student-w2", "encoder"}
+    assert Counter(name for name, _, _ in counted.rows) == {"two students, w = 2": 4}
+    both, report = json.loads((options.out / "results.json").read_text()), (options.out / "report.md").read_text()
+    assert both["rows"][:5] == first["rows"] and len(both["reconstruction"]) == 5
+    assert {row["model"] for row in both["timing"]["rows"]} == {"two students, w = 2"}  # times of one run, or none
+    assert "--methods teacher deterministic two-student encoder --guidance 1 2 --fixed-guidance 2 " in report
+    assert len(table(report, "FD")) == 1 + 4 + 1 + 4 and len(table(report, "Reconstruction")) == 1 + 5
+
+
+def test_an_encoder_alone_is_a_report_of_reconstruction(made, counted, tmp_path):
+    counted.clear()
+    compare.main(replace(made, out=tmp_path / "out", methods=("encoder",)))
+    assert set(counted.updates) == {"teacher", "stage1", "stage2", "encoder"} and not counted.rows
+    report = (tmp_path / "out/report.md").read_text()
+    assert len(table(report, "Reconstruction")) == 1 + 5 and "](" not in report and "Wall-clock" not in report
+
+
+# --- timing, with a clock of its own ---
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sampling that only takes time: `slowdown(how many went before)` seconds a network call."""
+    clock = SimpleNamespace(now=0.0, sampled=[], slowdown=lambda before: 1.0)
+
+    def generate(folder, *, num, guidance, steps, **_):
+        calls = steps * (2 if guidance and folder.name == "teacher" else 1)
+        clock.now += calls * clock.slowdown(len(clock.sampled))
+        clock.sampled.append((folder.name, steps, guidance))
+        yield torch.zeros(num)
+
+    monkeypatch.setattr(compare, "generate", generate)
+    monkeypatch.setattr(compare, "with_guidance", lambda folder: folder)
+    monkeypatch.setattr(compare.checkpoint, "load", lambda folder, device: folder)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def timed(tmp_path, teacher_steps):
+    """What time_all says of the teacher and of the deterministic students, and seconds by (name, steps, w)."""
+    options = compare.Options(
+        out=tmp_path, methods=("teacher", "deterministic"), guidance=(4.0, 0.0, 1.0), teacher_steps=teacher_steps,
+        device="cpu",
+    )  # fmt: skip
+    rows = [row(line.name, line.steps, w, line.letter) for line in compare.methods(options) for w in line.guidance]
+    timing = compare.time_all(options, rows)
+    return timing, {(row["model"], row["steps"], row["guidance"]): row["seconds"] for row in timing["rows"]}
+
+
+def test_slow_rows_are_timed_once_between_rounds_of_the_others(tmp_path, clock):
+    timing, seconds = timed(tmp_path, (1024, 512, 256, 2))
+    fast = [(f"steps-{n}", n, w) for n in reversed(compare.STUDENT_STEPS) for w in (0, 1)]
+    fast += [("teacher", 2, w) for w in (0, 1)]
+    slow = {("teacher", n, w) for n in (256, 512, 1024) for w in (0, 1)}
+    warm, rest = clock.sampled[: len(fast) + len(slow)], clock.sampled[len(fast) + len(slow) :]
+    assert max(steps for _, steps, _ in warm) == 2 and {(n, w) for n, _, w in warm} == {(n, w) for n, _, w in rest}
+    assert Counter(rest) == {**dict.fromkeys(fast, 5), **dict.fromkeys(slow, 1)}
+    for after in (2, 2, 1, 1, 0):  # slow rows after each of the same five rounds
+        assert rest[: len(fast)] == fast and slow.issuperset(rest[len(fast) : len(fast) + after])
+        rest = rest[len(fast) + after :]
+    assert seconds["guided teacher, DDIM", 1024, 1] == 2048 and seconds["guided teacher, DDIM", 1024, 0] == 1024
+    assert seconds["stage 1 and 2", 1, 1] == 1 and timing["rounds"] == [2 * sum(compare.STUDENT_STEPS) + 6] * 5
+
+
+def test_an_interruption_of_the_timing_leaves_a_report(made, monkeypatch):
+    """It is the last thing, and takes minutes."""
+    report, results = made.out / "report.md", made.out / "results.json"
+    before = report.read_text(), results.read_text()
+    report.unlink()
+    monkeypatch.setattr(compare, "draw", lambda *_: None)
+    monkeypatch.setattr(compare, "time_all", lambda *_: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception):
+        compare.main(made)
+    assert (report.read_text(), results.read_text()) == before
+
+
+def test_a_burst_of_other_work_does_not_count_but_is_seen(tmp_path, clock):
+    _, quiet = timed(tmp_path, (8, 2))
+    rows = len(quiet)
+    clock.sampled.clear()
+    clock.slowdown = lambda before: 3.0 if 2 * rows <= before < 3 * rows else 1.0  # after warming up and one round
+    timing, busy = timed(tmp_path, (8, 2))
+    assert busy == quiet and timing["rounds"][1] == 3 * timing["rounds"][0] == 3 * timing["rounds"][4]
+
+
+@pytest.mark.parametrize("guidance", [(0.0,), (2.0, 0.5), (0.5, 0.0, 2.0)])
+def test_rows_are_timed_with_and_without_guidance_where_they_are_scored(guidance):
+    assert compare._timed_strengths(guidance) == {1: [0.0], 2: [0.5], 3: [0.0, 0.5]}[len(guidance)]
+
+
 # --- what a report makes of unusual options: from rows alone, without training ---
 
 
-def row(name, steps, w, letter="D"):
+def row(name, steps, w, letter="D", **values):
     return {"model": name, "steps": steps, "guidance": w, "letter": letter, "fd": 1 + w, "score": 2.0, "nfe": steps,
-            "images_per_second": 10.0}  # fmt: skip
+            "images_per_second": 10.0} | values  # fmt: skip
+
+
+def results_of(rows, **others):
+    reference = {"extractor": "some", "half_against_half_fd": 0.5, "score": 9.0}
+    made = {"preset": "digits", "num": 16, "seed": 0, "precision": "fp32", "updates": [1, 2, 3]}
+    return {"rows": rows, "reference": reference, "options": made, **others}
 
 
 def small_report(tmp_path, strengths, fixed):
     rows = [row("stage 1 and 2", steps, w) for steps in (2, 1) for w in strengths]
     rows += [row(f"fixed w = {w:g}", steps, w) for steps in (2, 1) for w in fixed]
     reconstruction = [{"pair": "distilled", "guidance": w, "calls": 16, "rmse": w / 10} for w in strengths]
-    reference = {"extractor": "some", "half_against_half_fd": 0.5, "score": 9.0}
-    options = compare.Options(out=tmp_path, guidance=strengths, fixed_guidance=fixed)
-    return compare.report({"rows": rows, "reconstruction": reconstruction, "reference": reference}, options)
+    return compare.report(results_of(rows, reconstruction=reconstruction), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +473,40 @@ def test_errors_of_reconstruction_stand_under_their_strength(tmp_path, strengths
         assert found[f"w = {w:g}: calls"] == f"{w / 10:.4f}"
 
 
-def test_a_report_shows_only_pictures_that_are_made(tmp_path):
+def test_a_report_shows_only_pictures_that_are_there(tmp_path):
+    for name in ("trade-off.png", "samples-w2.png", "samples-w3.png"):
+        (tmp_path / name).touch()
     text = small_report(tmp_path, (0.0, 2.0), (1.0,))
-    assert re.findall(r"samples-w(.*?)\.png", text) == ["0", "2"]
+    assert re.findall(r"\]\((.*?)\)", text) == ["trade-off.png", "samples-w2.png"]
+
+
+def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
+    teacher, student, stochastic = (compare.NAMES[key] for key in ("teacher", "deterministic", "stochastic"))
+    rows = [
+        row(teacher, 1024, 0.0, fd=1.0), row(teacher, 64, 0.0, fd=0.9),
+        row(student, 1, 0.0, fd=1.101), row(student, 2, 0.0, fd=1.1), row(student, 4, 0.0, fd=0.8),
+        row(stochastic, 2, 0.0, "S", fd=1.05), row("stage 1 alone", 1, 0.0, fd=0.1), row("fixed w = 0", 1, 0.0, fd=0.1),
+        row(teacher, 1024, 1.0, fd=0.5, nfe=2048), row(student, 1, 1.0, fd=0.56),
+        row(teacher, 1024, 2.0, fd=1.0, nfe=2048), row(student, 1, 2.0, fd=1.0),
+        row(teacher, 64, 4.0, fd=1.0, nfe=128), row(student, 1, 4.0, fd=1.0),
+    ]  # fmt: skip
+    times = [row(teacher, 1024, 0.0, seconds=60.0), row(teacher, 1024, 1.0, seconds=110.0)]
+    times += [row(stochastic, 2, 0.0, seconds=0.125), row(student, 1, 1.0, seconds=0.05)]
+    timing = {"batch": 8, "device": "cpu", "threads": 1, "rounds": [1.0, 2.0], "rows": times}
+    found = compare.headline(results_of(rows, timing=timing))
+    at = {
+        line["guidance"]: (line["student"] and (line["student"]["model"], line["student"]["steps"])) for line in found
+    }
+    assert at == {0.0: (stochastic, 2), 1.0: None, 2.0: (student, 1)}  # at w = 4 the teacher's most steps are missing
+    assert [(line["calls"], line["seconds"]) for line in found] == [(512, 480), (None, None), (2048, 2200)]
+    lines = table(compare.report(results_of(rows, timing=timing), tmp_path), "Headline")[1:]
+    assert lines == [
+        ["0", "1.00", stochastic, "2", "1.05", "512", "480"], ["1", "0.50", "none", "", "", "", ""],
+        ["2", "1.00", student, "1", "1.00", "2048", "2200"],
+    ]  # fmt: skip
+    untimed = table(compare.report(results_of(rows), tmp_path), "Headline")[1:]
+    assert [line[5:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
+    assert compare.headline(results_of(rows[2:8])) == [] and "Headline" not in compare.report(results_of([]), tmp_path)
 
 
 def test_figures_of_a_single_strength_have_no_warning(tmp_path, recwarn):
@@ -301,6 +515,12 @@ def test_figures_of_a_single_strength_have_no_warning(tmp_path, recwarn):
     figures.plot_methods(rows, 0.1, tmp_path / "methods.png")
     figures.plot_trade_off(rows, tmp_path / "trade-off.png")
     assert (tmp_path / "trade-off.png").is_file() and not recwarn.list
+
+
+def test_figures_of_a_teacher_with_many_steps_alone(tmp_path):
+    rows = [row("guided teacher, DDIM", steps, w) for steps in (64, 32) for w in (0.0, 1.0)]
+    figures.plot_trade_off(rows, tmp_path / "trade-off.png")
+    assert (tmp_path / "trade-off.png").is_file()
 
 
 # --- mistakes ---
@@ -314,6 +534,7 @@ def test_figures_of_a_single_strength_have_no_warning(tmp_path, recwarn):
         (["--guidance", "nan"], ["--guidance", "≥ 0"]),
         (["--fixed-guidance", "inf"], ["--fixed-guidance", "≥ 0"]),
         (["--guidance"], ["--guidance", "at least one"]),
+        (["--methods"], ["--methods", "two-student"]),
         (["--teacher-steps"], ["--teacher-steps", "at least one"]),
         (["--teacher-steps", 4, 0], ["--teacher-steps", "positive"]),
         (["--updates", 4, 0, 2], ["--updates", "(4, 0, 2)"]),
@@ -333,6 +554,12 @@ def test_a_negative_seed_is_refused(run, extractor):
 def test_an_unknown_preset_is_refused(run):
     result = run("compare", "--preset", "cifar10", "--out", "o")
     assert result.code == 2 and "--preset" in result.err and "Traceback" not in result.err
+    assert not Path("o").exists()
+
+
+def test_an_unknown_method_is_refused(run):
+    result = run("compare", "--methods", "teacher", "distilled", "--out", "o")
+    assert result.code == 2 and "distilled" in result.err and "Traceback" not in result.err
     assert not Path("o").exists()
 
 

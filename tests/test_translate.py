@@ -326,6 +326,19 @@ def test_a_strength_outside_the_trained_range_is_one_warning_a_model(translate, 
     assert result.err.count("\n") <= 2, result.err
 
 
+def test_steps_that_a_model_was_not_trained_for_are_a_warning(translate, models, pictures):
+    result = translate("--encoder-steps", 4, "--decoder-steps", 4)
+    assert result.code == 0 and not result.err
+    result = translate("--encoder-steps", 8, "--overwrite")
+    assert result.code == 0 and report()[1][0]["calls"] == 8 + 4
+    for text in ("warning: ", f"--encoder {models / 'encoder'}", "trained for 4 steps", "with 8"):
+        assert text in result.err
+    result = translate("--decoder-steps", 2, "--overwrite")
+    assert result.err.startswith(f"warning: --decoder {models / 'decoder'}") and result.err.count("\n") == 1
+    result = translate("--encoder-steps", 3, "--overwrite", encoder=models / "teacher")  # takes any number
+    assert result.code == 0 and not result.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--guidance", -1], ["--guidance", "-1"]), (["--guidance", 0, "nan"], ["--guidance", "nan"]),

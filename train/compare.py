@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,11 +21,27 @@ from fastdiff.sample import check_device, generate, make_folder
 from fastdiff.translate import Pair, rmse
 from train import encoder, loop, stage1, stage2, teacher, two_student
 
+MethodName = Literal[
+    "teacher", "ancestral", "stage1", "deterministic", "stochastic", "fixed", "two-student", "encoder"
+]  # fmt: skip
+NAMES = {  # of the tables' rows; those with a w of their own are scored at that w alone
+    "teacher": "guided teacher, DDIM",
+    "ancestral": "guided teacher, ancestral",
+    "stage1": "stage 1 alone",
+    "deterministic": "stage 1 and 2",
+    "stochastic": "stage 1 and 2, stochastic",
+    "fixed": "fixed w = {w:g}",
+    "two-student": "two students, w = {w:g}",
+}
 STUDENT_STEPS = (16, 8, 4, 2, 1)
 ENCODER_STEPS = 8
 RECONSTRUCTED = 256  # images
 LAST_ROUNDS = 3  # how many times as long the rounds with 2 steps and with 1 are
 UPDATES = {"digits": (2800, 1900, 300), "fashion-mnist": (8000, 6000, 1000)}  # teacher, stage 1, a round
+TIMED_BATCH = 128
+TIMED_ROUNDS = 5  # of all rows but the slow ones
+SLOW_STEPS = 256  # rows with as many or more are timed once
+WITHIN = 1.1  # of the teacher's FD, for the headline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +49,14 @@ class Options:
     preset: Literal["digits", "fashion-mnist"] = "digits"
     out: Path = Path("runs/compare")
     """Runs, tables and figures; running again into the same folder continues what is there."""
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    """What is trained and scored (with what it is distilled from): the guided teacher with DDIM and with DDPM's
+    sampler (ancestral); stage 1 alone; deterministic and stochastic students; students for one fixed w; two students
+    without w inside; an encoder, for reconstruction. Others can be added to the same folder later."""
     guidance: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0, 4.0)
     """The columns of the tables."""
     fixed_guidance: tuple[float, ...] = (1.0,)
-    """w for which a student without a w input, and two students, are distilled too."""
+    """w of the methods fixed and two-student."""
     teacher_steps: tuple[int, ...] = (1024, 256, 64, 16, 8, 4, 2, 1)
     num: int = 1024
     """Samples a score."""
@@ -47,6 +70,7 @@ class Options:
 class Method(NamedTuple):
     """One line of the tables: a model with a sampler and a number of steps, scored at some w."""
 
+    key: MethodName
     name: str
     letter: str
     """D for a deterministic sampler, S for a stochastic one, as in the paper's tables."""
@@ -57,19 +81,21 @@ class Method(NamedTuple):
 
 
 def main(options: Options) -> None:
-    """Train every method of the paper on one teacher, score all, and write tables and figures."""
+    """Train every method of the paper on one teacher, score and time all, and write tables and figures."""
     check(options)
     make_folder(options.out)
     reference = Reference.load(options.preset, device=options.device)
     results = load_results(options)
+    results["reference"] = reference.describe()
     train_all(options)
     for method in methods(options):
         score(method, options, reference, results)
-    results["reconstruction"] = reconstruction(options)
-    results["reference"] = reference.describe()
-    save_results(options, results)
-    (options.out / "report.md").write_text(report(results, options))
+    if "encoder" in options.methods:
+        results["reconstruction"] = reconstruction(options)
     draw(results, options, reference)
+    save_report(options, results)
+    results["timing"] = time_all(options, results["rows"])
+    save_report(options, results)
     print(f"done: {options.out / 'report.md'}")
 
 
@@ -80,6 +106,8 @@ def check(options: Options) -> None:
         raise UserError(f"--num {options.num}: a score needs at least 2 images")
     if any(not 0 <= w < float("inf") for w in (*options.guidance, *options.fixed_guidance)):
         raise UserError("--guidance and --fixed-guidance must be numbers ≥ 0")
+    if not options.methods:
+        raise UserError(f"--methods needs at least one of {', '.join(get_args(MethodName))}")
     if not options.guidance or not options.teacher_steps or min(options.teacher_steps) < 1:
         raise UserError("--guidance and --teacher-steps need at least one value, and steps must be positive")
     if options.updates is not None and min(options.updates) < 1:
@@ -87,23 +115,28 @@ def check(options: Options) -> None:
 
 
 def train_all(options: Options) -> None:
-    """Run, continue or reuse every recipe."""
+    """Run, continue or reuse the recipes of the methods asked for, and of those that they are distilled from."""
     first, second, each = options.updates or UPDATES[options.preset]
-    run = _recipe(options)
+    run, at, asked = _recipe(options), options.out, set(options.methods)
     halving = {"updates": each, "last_updates": LAST_ROUNDS * each, "save_every": LAST_ROUNDS * each}
     teacher.train(run(teacher, "teacher", updates=first))
-    at = options.out
-    low, high = 0.0, max(4.0, *options.guidance)
-    stage1.train(run(stage1, "stage1", updates=second, teacher=at / "teacher", guidance_range=(low, high)))
-    stage2.train(run(stage2, "stage2", teacher=at / "stage1", **halving))
-    stage2.train(run(stage2, "stochastic", teacher=at / "stage1", sampler="stochastic", **halving))
+    if asked & {"stage1", "deterministic", "stochastic", "encoder"}:
+        limits = 0.0, max(4.0, *options.guidance)
+        stage1.train(run(stage1, "stage1", updates=second, teacher=at / "teacher", guidance_range=limits))
+    if asked & {"deterministic", "encoder"}:  # the encoder's decoder
+        stage2.train(run(stage2, "stage2", teacher=at / "stage1", **halving))
+    if "stochastic" in asked:
+        stage2.train(run(stage2, "stochastic", teacher=at / "stage1", sampler="stochastic", **halving))
     for w in options.fixed_guidance:
-        fixed = f"fixed-w{w:g}"
-        stage1.train(run(stage1, f"{fixed}-stage1", updates=second, teacher=at / "teacher", guidance_range=(w, w)))
-        stage2.train(run(stage2, fixed, teacher=at / f"{fixed}-stage1", **halving))
-        stage_two = run(two_student, f"two-student-w{w:g}", teacher=at / "teacher", guidance=w, **halving)
-        two_student.train(stage_two)
-    encoder.train(run(encoder, "encoder", teacher=at / "stage1", end_steps=ENCODER_STEPS, **halving))
+        if "fixed" in asked:
+            fixed = f"fixed-w{w:g}"
+            stage1.train(run(stage1, f"{fixed}-stage1", updates=second, teacher=at / "teacher", guidance_range=(w, w)))
+            stage2.train(run(stage2, fixed, teacher=at / f"{fixed}-stage1", **halving))
+        if "two-student" in asked:
+            stage_two = run(two_student, f"two-student-w{w:g}", teacher=at / "teacher", guidance=w, **halving)
+            two_student.train(stage_two)
+    if "encoder" in asked:
+        encoder.train(run(encoder, "encoder", teacher=at / "stage1", end_steps=ENCODER_STEPS, **halving))
 
 
 def _recipe(options: Options):
@@ -119,20 +152,28 @@ def _recipe(options: Options):
     return build
 
 
-def methods(options: Options) -> Iterator[Method]:
-    """All lines of the tables, cheapest first, so that an interrupted run has most of them."""
+def methods(options: Options) -> list[Method]:
+    """The lines of the tables that were asked for, cheapest first, so that an interrupted run has most of them."""
+    return [method for method in _all_methods(options) if method.key in options.methods]
+
+
+def _all_methods(options: Options) -> Iterator[Method]:
     at, every = options.out, options.guidance
+
+    def line(key: str, letter: str, checkpoint: str, sampler: str, steps: int, guidance=every) -> Method:
+        name = NAMES[key].format(w=guidance[0])
+        return Method(key, name, letter, at / checkpoint, sampler, steps, guidance)
+
     for steps in reversed(STUDENT_STEPS):
-        yield Method("stage 1 and 2", "D", at / "stage2" / f"steps-{steps}", "ddim", steps, every)
-        yield Method("stage 1 and 2, stochastic", "S", at / "stochastic" / f"steps-{steps}", "stochastic", steps, every)
-        yield Method("stage 1 alone", "D", at / "stage1", "ddim", steps, every)
+        yield line("deterministic", "D", f"stage2/steps-{steps}", "ddim", steps)
+        yield line("stochastic", "S", f"stochastic/steps-{steps}", "stochastic", steps)
+        yield line("stage1", "D", "stage1", "ddim", steps)
         for w in options.fixed_guidance:
-            fixed, two = at / f"fixed-w{w:g}", at / f"two-student-w{w:g}"
-            yield Method(f"fixed w = {w:g}", "D", fixed / f"steps-{steps}", "ddim", steps, (w,))
-            yield Method(f"two students, w = {w:g}", "D", two / f"steps-{steps}", "ddim", steps, (w,))
+            yield line("fixed", "D", f"fixed-w{w:g}/steps-{steps}", "ddim", steps, (w,))
+            yield line("two-student", "D", f"two-student-w{w:g}/steps-{steps}", "ddim", steps, (w,))
     for steps in sorted(options.teacher_steps):
-        yield Method("guided teacher, DDIM", "D", at / "teacher", "ddim", steps, every)
-        yield Method("guided teacher, ancestral", "S", at / "teacher", "ancestral", steps, every)
+        yield line("teacher", "D", "teacher", "ddim", steps)
+        yield line("ancestral", "S", "teacher", "ancestral", steps)
 
 
 def score(method: Method, options: Options, reference: Reference, results: dict) -> None:
@@ -174,9 +215,52 @@ def reconstruction(options: Options) -> list[dict]:
             pairs[f"{name}, DDIM, as many calls"] = distilled.undistilled(model, w)
             pairs[f"{name}, DDIM, twice the calls"] = distilled.undistilled(model, w, factor=2)
         for name, pair in pairs.items():
-            error = rmse(pair.translate(images, labels, labels, w), images)
+            error = rmse(pair.translate(images, labels, labels, w, precision=options.precision), images)
             rows.append({"pair": name, "guidance": w, "calls": pair.calls(w), "rmse": round(error, 5)})
     return rows
+
+
+def time_all(options: Options, rows: list[dict]) -> dict:
+    """Wall-clock of one batch for every row asked for, all in one run, so that the times can be compared.
+
+    rows: as scored. Rounds of all rows but the slow ones; these are timed once, in turn between the rounds, so that a
+    change of the machine's speed shows on both sides. Each row is timed at w = 0 and at its smallest other w.
+    """
+    model = functools.cache(lambda path: with_guidance(checkpoint.load(path, device=options.device)))
+
+    def seconds(method: Method, w: float, steps: int) -> float:
+        start = time.perf_counter()
+        for images in generate(
+            model(method.checkpoint), num=TIMED_BATCH, guidance=w, steps=steps, sampler=method.sampler,
+            seed=options.seed, batch_size=TIMED_BATCH, precision=options.precision,
+        ):  # fmt: skip
+            images.cpu()  # waits for the device
+        return time.perf_counter() - start
+
+    timed = [(method, w) for method in methods(options) for w in _timed_strengths(method.guidance)]
+    slow = [one for one in timed if one[0].steps >= SLOW_STEPS]
+    fast = [one for one in timed if one[0].steps < SLOW_STEPS]
+    print(f"timing: {len(fast)} rows {TIMED_ROUNDS} times, {len(slow)} slow ones once", flush=True)
+    for method, w in timed:
+        seconds(method, w, min(2, method.steps))  # load, compile, warm up
+    times: dict[tuple, list[float]] = {one: [] for one in timed}
+    gaps = TIMED_ROUNDS - 1
+    for i in range(TIMED_ROUNDS):
+        for method, w in [*fast, *(slow[i::gaps] if i < gaps else [])]:
+            times[method, w].append(seconds(method, w, method.steps))
+    described = []
+    for (method, w), taken in times.items():
+        row = find(rows, method.name, method.steps, w)
+        described.append({key: row[key] for key in ("model", "letter", "steps", "nfe", "guidance")})
+        described[-1] |= {"times": len(taken), "seconds": float(f"{statistics.median(taken):.4g}")}
+    rounds = [round(sum(times[one][i] for one in fast), 3) for i in range(TIMED_ROUNDS)]
+    where = {"device": options.device, "threads": torch.get_num_threads()}
+    return {"batch": TIMED_BATCH, **where, "rounds": rounds, "rows": described}
+
+
+def _timed_strengths(guidance: tuple[float, ...]) -> list[float]:
+    """Time depends on whether there is guidance, not on how much."""
+    return sorted({0.0} & {*guidance}) + sorted(w for w in guidance if w)[:1]
 
 
 def load_results(options: Options) -> dict:
@@ -202,69 +286,181 @@ def save_results(options: Options, results: dict) -> None:
     beside.replace(options.out / "results.json")
 
 
-def report(results: dict, options: Options) -> str:
-    """Tables laid out as the paper's: rows method × steps with D or S, columns w."""
-    rows, reference = results["rows"], results["reference"]
-    strengths = sorted({row["guidance"] for row in rows})
-    given = {"preset": [options.preset], "num": [options.num], "seed": [options.seed], "precision": [options.precision]}
-    given |= {key: getattr(options, key) for key in ("guidance", "fixed_guidance", "teacher_steps")}
-    given["updates"] = options.updates or UPDATES[options.preset]
-    command = " ".join(f"--{key.replace('_', '-')} " + " ".join(map(str, values)) for key, values in given.items())
+def save_report(options: Options, results: dict) -> None:
+    save_results(options, results)
+    (options.out / "report.md").write_text(report(results, options.out))
+
+
+def report(results: dict, out: Path) -> str:
+    """report.md: tables laid out as the paper's, rows method × steps with D or S, columns w; `out` has the pictures."""
+    rows, reference, made = results["rows"], results["reference"], results["options"]
     lines = [
-        f"# {options.preset}: every method on one teacher", "",
-        f"Made by `python -m fastdiff.compare {command}`.", "",
-        f"Samples: {options.num} a cell. FD: Fréchet distance on features of {reference['extractor']}, not FID; one "
+        f"# {made['preset']}: every method on one teacher", "",
+        f"Made by `{command(results)}`.", "",
+        f"Samples: {made['num']} a cell. FD: Fréchet distance on features of {reference['extractor']}, not FID; one "
         f"half of the real images against the other has {reference['half_against_half_fd']:.2f}. Score: exp of the "
         f"mean KL of the predicted classes to their marginal; real images have {reference['score']:.2f}. D: "
         "deterministic, S: stochastic. Calls: network calls an image at w > 0.", "",
+        *_headline_table(results), *_quality_table(rows, "FD", "fd"), *_quality_table(rows, "Score", "score"),
+        *_timing_table(results), *_reconstruction_table(results), "## Figures", "",
     ]  # fmt: skip
-    for title, key, digits in (("FD", "fd", 2), ("Score", "score", 2), ("Images per second", "images_per_second", 0)):
-        columns = " | ".join(f"w = {w:g}" for w in strengths)
-        lines += [f"## {title}", "", f"| method | D/S | steps | calls | {columns} |"]
-        lines += ["|---|---|---:|---:|" + "---:|" * len(strengths)]
-        for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in sorted(rows, key=_order)):
-            found = [find(rows, name, steps, w) for w in strengths]
-            some = [row for row in found if row is not None]
-            cells = ["" if row is None else f"{row[key]:.{digits}f}" for row in found]
-            calls = max(row["nfe"] for row in some)
-            lines.append(f"| {name} | {some[0]['letter']} | {steps} | {calls:g} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += ["## Reconstruction", "", "Test images encoded and decoded as their own class; root mean squared error."]
-    drawn = sorted(options.guidance)
-    lines += ["", "| pair | " + " | ".join(f"w = {w:g}: calls | error" for w in drawn) + " |"]
-    lines += ["|---|" + "---:|---:|" * len(drawn)]
+    names = {"quality-vs-steps.png": "quality against steps", "trade-off.png": "trade-off"}
+    names |= {f"samples-w{w:g}.png": f"samples at w = {w:g}" for w in _strengths(rows)}
+    pictures = [f"![{text}]({name})" for name, text in names.items() if (out / name).is_file()]
+    return "\n".join(lines) + "\n\n".join(pictures) + "\n"
+
+
+def command(results: dict) -> str:
+    """The command that makes what `results` holds, which may have taken several."""
+    rows, made = results["rows"], results["options"]
+    of = {key: [row for row in rows if row["model"] == name.format(w=row["guidance"])] for key, name in NAMES.items()}
+    of["encoder"] = results.get("reconstruction", [])
+    given = {key: [made[key]] for key in ("preset", "num", "seed", "precision")} | {
+        "updates": made["updates"],
+        "methods": [key for key, found in of.items() if found],
+        "guidance": _strengths(rows),
+        "fixed-guidance": _strengths(of["fixed"] + of["two-student"]),
+        "teacher-steps": sorted({row["steps"] for row in of["teacher"] + of["ancestral"]}, reverse=True),
+    }
+    values = {key: " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in some) for key, some in given.items()}
+    return " ".join(["python -m fastdiff.compare", *(f"--{key} {text}" for key, text in values.items() if text)])
+
+
+def headline(results: dict) -> list[dict]:
+    """For each w, the guided teacher (DDIM, most steps) and the student with the fewest steps that is about as good.
+
+    student: the row of a deterministic or stochastic student whose FD is at most WITHIN × the teacher's, or None.
+    calls, seconds: the teacher's over the student's, or None.
+    """
+    rows = results["rows"]
+    teachers = [row for row in rows if row["model"] == NAMES["teacher"]]
+    students = [row for row in rows if row["model"] in (NAMES["deterministic"], NAMES["stochastic"])]
+    most, lines = max((row["steps"] for row in teachers), default=None), []
+    for best in sorted((row for row in teachers if row["steps"] == most), key=lambda row: row["guidance"]):
+        w = best["guidance"]
+        good = [row for row in students if row["guidance"] == w and row["fd"] <= WITHIN * best["fd"]]
+        student = min(good, key=lambda row: (row["steps"], row["fd"]), default=None)
+        line = {"guidance": w, "teacher": best, "student": student, "calls": None, "seconds": None}
+        if student is not None:
+            slow, fast = (_seconds(results, row["model"], row["steps"], w > 0) for row in (best, student))
+            line |= {"calls": best["nfe"] / student["nfe"], "seconds": slow / fast if slow and fast else None}
+        lines.append(line)
+    return lines
+
+
+def _headline_table(results: dict) -> list[str]:
+    found = headline(results)
+    if not found:
+        return []
+    lines = [
+        "## Headline", "",
+        f"The guided teacher with {found[0]['teacher']['steps']} DDIM steps, and the student with the fewest steps "
+        f"whose FD is at most {WITHIN:g} × the teacher's. ÷: the teacher's network calls, and its time (under "
+        "Wall-clock), over the student's.", "",
+        "| w | teacher's FD | student | steps | FD | calls ÷ | time ÷ |", "|---:|---:|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for line in found:
+        student = line["student"]
+        cells = [f"{line['guidance']:g}", f"{line['teacher']['fd']:.2f}"]
+        cells += [student["model"], str(student["steps"]), f"{student['fd']:.2f}"] if student else ["none", "", ""]
+        cells += [_number(line["calls"]), _number(line["seconds"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _quality_table(rows: list[dict], title: str, key: str) -> list[str]:
+    strengths = _strengths(rows)
+    columns = " | ".join(f"w = {w:g}" for w in strengths)
+    lines = [f"## {title}", "", f"| method | D/S | steps | calls | {columns} |"]
+    lines += ["|---|---|---:|---:|" + "---:|" * len(strengths)]
+    for name, steps, start in _lines(rows):
+        found = [find(rows, name, steps, w) for w in strengths]
+        lines.append(start + " | ".join("" if row is None else f"{row[key]:.2f}" for row in found) + " |")
+    return [*lines, ""]
+
+
+def _timing_table(results: dict) -> list[str]:
+    """Images a second and the time of the guided teacher with most steps over the row's, at w > 0 and at w = 0."""
+    timing = results.get("timing", {"rows": []})
+    if not timing["rows"]:
+        return []
+    rows, rounds = timing["rows"], timing["rounds"]
+    most = max((row["steps"] for row in rows if row["model"] == NAMES["teacher"]), default=None)
+    lines = [
+        "## Wall-clock", "",
+        f"Batches of {timing['batch']}, all in one run on {timing['device']} with {timing['threads']} thread(s): "
+        f"{len(rounds)} rounds of the rows with fewer than {SLOW_STEPS} steps (medians), the others once, between the "
+        f"rounds. A round took {_number(min(rounds))} to {_number(max(rounds))} s: that is how even the machine was. "
+        + (f"÷: the time of the guided teacher with {most} DDIM steps over the row's." if most else ""), "",
+        "| method | D/S | steps | calls | images/s, w > 0 | ÷ | images/s, w = 0 | ÷ |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, steps, start in _lines(rows):
+        cells = []
+        for guided in (True, False):
+            taken, slowest = (_seconds(results, *of, guided) for of in ((name, steps), (NAMES["teacher"], most)))
+            cells += [_number(taken and timing["batch"] / taken), _number(taken and slowest and slowest / taken)]
+        lines.append(start + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _reconstruction_table(results: dict) -> list[str]:
+    rows = sorted(results.get("reconstruction", []), key=lambda row: row["guidance"])
+    if not rows:
+        return []
+    columns = [f"w = {w:g}: calls | error" for w in _strengths(rows)]
     table: dict[str, list[str]] = {}
-    for row in sorted(results["reconstruction"], key=lambda row: row["guidance"]):
+    for row in rows:
         table.setdefault(row["pair"], []).append(f"{row['calls']} | {row['rmse']:.4f}")
+    lines = ["Test images encoded and decoded as their own class; root mean squared error.", ""]
+    lines += ["| pair | " + " | ".join(columns) + " |", "|---|" + "---:|---:|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
-    pictures = [f"![samples at w = {w:g}](samples-w{w:g}.png)" for w in drawn]
-    lines += ["", "## Figures", "", "![quality against steps](quality-vs-steps.png)", ""]
-    lines += ["![trade-off](trade-off.png)", ""]
-    return "\n".join(lines + pictures) + "\n"
+    return ["## Reconstruction", "", *lines, ""]
 
 
-def _order(row: dict) -> tuple:
-    return row["model"], -row["steps"]
+def _strengths(rows: list[dict]) -> list[float]:
+    return sorted({row["guidance"] for row in rows})
+
+
+def _lines(rows: list[dict]) -> Iterator[tuple[str, int, str]]:
+    """Name, steps and the first cells of each line of a table."""
+    for name, negative, letter in sorted({(row["model"], -row["steps"], row["letter"]) for row in rows}):
+        steps = -negative  # the most first
+        calls = max(row["nfe"] for row in rows if (row["model"], row["steps"]) == (name, steps))
+        yield name, steps, f"| {name} | {letter} | {steps} | {calls:g} | "
+
+
+def _seconds(results: dict, name: str, steps: int | None, guided: bool) -> float | None:
+    """The time of a batch, where it was measured."""
+    rows = results.get("timing", {}).get("rows", [])
+    found = (row for row in rows if (row["model"], row["steps"], row["guidance"] > 0) == (name, steps, guided))
+    return next((row["seconds"] for row in found), None)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.{2 if value < 10 else 0}f}"
 
 
 def draw(results: dict, options: Options, reference: Reference) -> None:
     """The figures: FD and score against steps for each w, FD against score over w, and samples for each w."""
-    figures.plot_methods(results["rows"], reference.floor, options.out / "quality-vs-steps.png")
-    figures.plot_trade_off(results["rows"], options.out / "trade-off.png")
-    shown = [("guided teacher, DDIM", max(options.teacher_steps))]
-    shown += [(name, steps) for name in ("stage 1 and 2", "stage 1 and 2, stochastic") for steps in (8, 4, 1)]
-    by_name = {(method.name, method.steps): method for method in methods(options)}
+    if results["rows"]:
+        figures.plot_methods(results["rows"], reference.floor, options.out / "quality-vs-steps.png")
+        figures.plot_trade_off(results["rows"], options.out / "trade-off.png")
+    wanted = [("teacher", max(options.teacher_steps))]
+    wanted += [(key, steps) for key in ("deterministic", "stochastic") for steps in (8, 4, 1)]
+    asked = {(method.key, method.steps): method for method in methods(options)}
+    shown = [asked[key] for key in wanted if key in asked]
     classes, columns = reference.dataset.num_classes, 5
-    for w in options.guidance:
+    for w in options.guidance if shown else ():
         panels = []
-        for name, steps in shown:
-            method = by_name[name, steps]
+        for method in shown:
             images = generate(
                 with_guidance(checkpoint.load(method.checkpoint, device=options.device)), num=classes * columns,
-                labels=torch.arange(classes).repeat_interleave(columns), guidance=w, steps=steps,
+                labels=torch.arange(classes).repeat_interleave(columns), guidance=w, steps=method.steps,
                 noise_ids=torch.arange(columns).repeat(classes), sampler=method.sampler, seed=options.seed,
+                precision=options.precision,
             )  # fmt: skip
-            panels.append((f"{name}, {steps}", torch.cat([part.cpu() for part in images])))
+            panels.append((f"{method.name}, {method.steps}", torch.cat([part.cpu() for part in images])))
         figures.save_panels(panels, options.out / f"samples-w{w:g}.png", columns=columns)
 
 

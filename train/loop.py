@@ -618,8 +618,10 @@ def _forget_after(out: Path, name: str, update: int) -> None:
     """Drop what was logged of this run after an update that it now goes on from."""
     for path in (out / "metrics.jsonl", out / "scores.jsonl"):
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if not _is_after(line, name, update)]
-            _replace_text(path, "".join(line + "\n" for line in lines))
+            every = path.read_text().splitlines()
+            kept = [line for line in every if not _is_after(line, name, update)]
+            if kept != every:
+                _replace_text(path, "".join(line + "\n" for line in kept))
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -765,11 +767,18 @@ def _check_same(previous: dict, now: dict, options: LoopOptions) -> None:
     changed = [
         f"--{key.replace('_', '-')} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys()) if key not in MAY_CHANGE and old.get(key) != new.get(key)
+        if key != "teacher" or _seen_from_out(old) != _seen_from_out(new)
     ]  # fmt: skip
     if previous.get("data_fingerprint") != now["data_fingerprint"]:
         changed.append("the data set is another one")
     if changed:
         raise UserError(f"cannot resume {new['out']} with other options: {'; '.join(changed)}")
+
+
+def _seen_from_out(options: dict) -> str | None:
+    """The way to the teacher, which stays the same when a folder of runs is moved."""
+    teacher = options.get("teacher")
+    return teacher and os.path.relpath(teacher, options["out"])
 
 
 def _completed(old: dict, options: LoopOptions) -> dict:

@@ -51,10 +51,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def run(options: Options, teacher: Denoiser, loss: RoundLoss, *, kind: str, sampler: str = "ddim") -> Denoiser | None:
+def run(
+    options: Options, teacher: Denoiser, loss: RoundLoss, *, kind: str, sampler: str = "ddim", rows: int = 1
+) -> Denoiser | None:  # fmt: skip
     """Run or continue the rounds that are not finished; returns the last student, None for a dry run.
 
-    kind, sampler: what the students' checkpoints say of themselves. Raises UserError.
+    kind, sampler: what the students' checkpoints say of themselves. rows: as for `loop.print_plan`. Raises UserError.
     """
     rounds = check(options)
     dataset = data.load(options.data, "train")
@@ -62,7 +64,7 @@ def run(options: Options, teacher: Denoiser, loss: RoundLoss, *, kind: str, samp
     loop.check_batch(options, dataset)
     if options.dry_run:
         plan = [f"round        {2 * n} -> {n} steps: {round_updates(options, n)} updates" for n in rounds]
-        loop.print_plan(teacher.config, options, plan, teacher=teacher)
+        loop.print_plan(teacher.config, options, plan, teacher=teacher, rows=rows)
         return None
     loop.prepare(options, dataset)
     for steps in rounds:

@@ -44,7 +44,9 @@ class Options(loop.LoopOptions):
     alpha: float = 1.2
     """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1."""
     t_max: float = 800
-    """The generator's loss draws t from 0 to this, of 1000: σ up to 24."""
+    """The generator's loss draws t from 0 to this, of 1000; 800 is σ = 24, 450 is σ = 1.7."""
+    guidance_t_max: float | None = None
+    """Up to which t the teacher is guided, of a teacher that knows w = 0; default: everywhere."""
     sigma_init: float = SIGMA_INIT
     """The noise level from which the generator starts."""
     sigma_min: float = 0.002
@@ -123,6 +125,8 @@ def check(options: Options) -> None:
         raise UserError(f"--alpha must be in (0, 2], got {options.alpha:g}; 1.2 and 1 are the published ones")
     if not 0 < options.t_max <= 1000:
         raise UserError(f"--t-max must be in (0, 1000], got {options.t_max:g}")
+    if options.guidance_t_max is not None and not 0 <= options.guidance_t_max <= options.t_max:
+        raise UserError(f"--guidance-t-max must be in [0, {options.t_max:g}] (--t-max), got {options.guidance_t_max:g}")
     if not 0 < options.sigma_min < options.sigma_max < math.inf:
         raise UserError(
             f"--sigma-min {options.sigma_min:g} --sigma-max {options.sigma_max:g}: need 0 < the first < the second"
@@ -160,6 +164,8 @@ def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
                 f"--guidance-range {asked[0]:g} {asked[1]:g}: {source} was trained for w in "
                 f"[{known[0]:g}, {known[1]:g}]"
             )
+    if options.guidance_t_max is not None and (known is None or known[0] > 0):
+        raise UserError(f"--guidance-t-max needs a stage-1 teacher that knows w = 0, and {source} does not")
     lowest, highest = (math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
     levels = KarrasSchedule(options.sigma_min, options.sigma_max)
     needed = (options.sigma_min, max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init))
@@ -195,7 +201,7 @@ def learning(teacher: Denoiser, options: Options) -> tuple[list[loop.Updater], l
     def generator_loss(model: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return sid.generator(
             model, teacher, fake, batch, alpha=options.alpha, t_max=options.t_max, levels=levels,
-            sigma=options.sigma_init, guidance_range=w,
+            sigma=options.sigma_init, guidance_range=w, guidance_t_max=options.guidance_t_max,
         )  # fmt: skip
 
     fake_options = replace(options, ema=0.0, lr=options.fake_lr or options.lr, betas=(0.0, options.betas[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdiff import checkpoint, cli, distill
@@ -29,8 +29,9 @@ def main(options: Options) -> None:
 def train(options: Options) -> Denoiser | None:
     """Run or continue the rounds that are not finished; returns the last student. Raises UserError."""
     rounds.check(options)
-    if not (options.guidance >= 0 and math.isfinite(options.guidance)):
-        raise UserError(f"--guidance must be a number ≥ 0, got {options.guidance}")
+    w = options.guidance
+    if not (w >= 0 and math.isfinite(w)):
+        raise UserError(f"--guidance must be a number ≥ 0, got {w}")
     teacher = checkpoint.load(options.teacher, device=options.device)
     if teacher.config.kind not in ("teacher", "two_student") or not teacher.num_classes:
         what = f"a model of kind {teacher.config.kind}" if teacher.num_classes else "unconditional"
@@ -38,13 +39,15 @@ def train(options: Options) -> Denoiser | None:
             f"{options.teacher} is {what}: two students are distilled from a class-conditional run of train.teacher"
         )
     rounds.check_steps(teacher, options)
+    if teacher.config.guidance_range not in (None, (w, w)):
+        trained = teacher.config.guidance_range[0]
+        raise UserError(f"{options.teacher} was trained for w = {trained:g}: use --guidance {trained:g}, got {w:g}")
+    teacher.config = replace(teacher.config, guidance_range=(w, w))  # as its students' checkpoints will say
 
     def loss(student, teacher, batch, steps):
-        return distill.two_student(
-            student, teacher, batch, steps=steps, guidance=options.guidance, weight=options.weight
-        )
+        return distill.two_student(student, teacher, batch, steps=steps, guidance=w, weight=options.weight)
 
-    return rounds.run(options, teacher, loss, kind="two_student")
+    return rounds.run(options, teacher, loss, kind="two_student", rows=2)
 
 
 if __name__ == "__main__":
