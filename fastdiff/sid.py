@@ -35,19 +35,20 @@ def generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, alpha
 def generator(
     generator: Denoiser, teacher: nn.Module, fake: nn.Module, batch: Batch, *, alpha: float = 1.2, t_max: float = 800,
     levels: Schedule = LEVELS, sigma: float = samplers.SIGMA_INIT, guidance_range: tuple[float, float] | None = None,
-    guidance_t_max: float | None = None,
+    guidance_t_max: float = 1000,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """100·`generator_loss` of images that are made here, (B,), and {"score_gap": |f_φ − f_ψ| (B,)}, to watch.
 
     Noise levels: t ~ U[0, t_max/1000] on `levels`; beyond guidance_t_max/1000 the teacher gets w = 0, because guidance
-    of strong noise drives images out of the data's range (as in arXiv 2404.07724). batch.x is not read. The gradient goes through both score networks,
-    whose weights should not require any. A sample whose loss is not finite sends no gradient to the generator.
+    of strong noise drives images out of the data's range (as in arXiv 2404.07724). batch.x is not read. The gradient
+    goes through both score networks, whose weights should not require any. A sample whose loss is not finite sends
+    no gradient to the generator.
     """
     w = batch.guidance(guidance_range)
     x = _images(generator, batch, w, sigma)
     t = batch.uniform(TIME) * (t_max / 1000)
     angle = levels.angle(t)
-    teacher_w = w if w is None or guidance_t_max is None else torch.where(t <= guidance_t_max / 1000, w, 0)
+    teacher_w = None if w is None else torch.where(t <= guidance_t_max / 1000, w, 0)
     z, _ = kernels.add_noise(x, angle, seed=batch.seed, sample_ids=batch.sample_ids, step=NOISE)
     teacher_x = samplers.denoised(teacher, z, angle, batch.label, teacher_w)
     fake_x = samplers.denoised(fake, z, angle, batch.label, w)

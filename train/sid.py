@@ -45,8 +45,9 @@ class Options(loop.LoopOptions):
     """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1."""
     t_max: float = 800
     """The generator's loss draws t from 0 to this, of 1000; 800 is σ = 24, 450 is σ = 1.7."""
-    guidance_t_max: float | None = None
-    """Up to which t the teacher is guided, of a teacher that knows w = 0; default: everywhere."""
+    guidance_t_max: float = 1000
+    """Up to this t a stage-1 teacher gets w, beyond it 0 (which it has to know); below --t-max, it keeps images from
+    being driven out of the data's range."""
     sigma_init: float = SIGMA_INIT
     """The noise level from which the generator starts."""
     sigma_min: float = 0.002
@@ -72,7 +73,7 @@ class Options(loop.LoopOptions):
 
 PUBLISHED = {"precision": "bf16", "save_every": 2000, "keep": 3}
 PRESETS = {
-    "digits": {"data": "digits"},
+    "digits": {"data": "digits", "alpha": 1.0, "t_max": 450, "guidance_t_max": 380},
     "fashion-mnist": {"data": "fashion-mnist"},
     # Half of the moving average is younger than 0.5 million images (2 million for ImageNet).
     "cifar10": PUBLISHED | {
@@ -125,8 +126,8 @@ def check(options: Options) -> None:
         raise UserError(f"--alpha must be in (0, 2], got {options.alpha:g}; 1.2 and 1 are the published ones")
     if not 0 < options.t_max <= 1000:
         raise UserError(f"--t-max must be in (0, 1000], got {options.t_max:g}")
-    if options.guidance_t_max is not None and not 0 <= options.guidance_t_max <= options.t_max:
-        raise UserError(f"--guidance-t-max must be in [0, {options.t_max:g}] (--t-max), got {options.guidance_t_max:g}")
+    if not 0 <= options.guidance_t_max <= 1000:
+        raise UserError(f"--guidance-t-max must be in [0, 1000], got {options.guidance_t_max:g}")
     if not 0 < options.sigma_min < options.sigma_max < math.inf:
         raise UserError(
             f"--sigma-min {options.sigma_min:g} --sigma-max {options.sigma_max:g}: need 0 < the first < the second"
@@ -164,8 +165,11 @@ def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
                 f"--guidance-range {asked[0]:g} {asked[1]:g}: {source} was trained for w in "
                 f"[{known[0]:g}, {known[1]:g}]"
             )
-    if options.guidance_t_max is not None and (known is None or known[0] > 0):
-        raise UserError(f"--guidance-t-max needs a stage-1 teacher that knows w = 0, and {source} does not")
+    if options.guidance_t_max < options.t_max and known is not None and known[0] > 0:
+        raise UserError(
+            f"--guidance-t-max {options.guidance_t_max:g} is below --t-max {options.t_max:g} and needs a teacher that "
+            f"knows w = 0, but {source} was trained for w in [{known[0]:g}, {known[1]:g}]: leave the option out"
+        )
     lowest, highest = (math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
     levels = KarrasSchedule(options.sigma_min, options.sigma_max)
     needed = (options.sigma_min, max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init))
