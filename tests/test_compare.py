@@ -20,7 +20,7 @@ from test_command_lines import assert_refused
 from fastdiff import figures
 from fastdiff.errors import UserError
 from fastdiff.translate import Pair
-from train import compare, encoder, loop, stage1, stage2, teacher, two_student
+from train import compare, encoder, loop, sid, stage1, stage2, teacher, two_student
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -29,7 +29,7 @@ STEPS, TEACHER_STEPS, STRENGTHS = (8, 4, 2, 1), (2, 1), (0.0, 1.0)
 EVERYWHERE = [("stage 1 and 2", "D"), ("stage 1 and 2, stochastic", "S"), ("stage 1 alone", "D")]
 AT_ONE = [("fixed w = 1", "D"), ("two students, w = 1", "D")]
 TEACHER = [("guided teacher, DDIM", "D"), ("guided teacher, ancestral", "S")]
-RUNS = ["teacher", "stage1", "stage2", "stochastic", "fixed-w1-stage1", "fixed-w1", "two-student-w1", "encoder"]
+RUNS = ["teacher", "stage1", "stage2", "stochastic", "fixed-w1-stage1", "fixed-w1", "two-student-w1", "sid", "encoder"]
 PAIRS = ["distilled encoder and decoder"] + [
     f"{model}, DDIM, {calls} the calls".replace("as many the", "as many")
     for model in ("stage 1", "guided teacher") for calls in ("as many", "twice")
@@ -67,6 +67,7 @@ def counted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(teacher.PRESETS, "digits", {"unet": TINY, "batch_size": 16})
         patch.setitem(stage1.PRESETS, "digits", {"batch_size": 16})
+        patch.setitem(sid.PRESETS, "digits", {"batch_size": 16, "data": "digits"})
         for module in (stage2, encoder, two_student):
             patch.setattr(module, "PRESETS", {"digits": {"batch_size": 16, "start_steps": 16}})
         patch.setattr(compare, "STUDENT_STEPS", STEPS)
@@ -121,6 +122,7 @@ def rows_expected():
         **{(name, steps): (letter, STRENGTHS) for name, letter in EVERYWHERE for steps in STEPS},
         **{(name, steps): (letter, (1.0,)) for name, letter in AT_ONE for steps in STEPS},
         **{(name, steps): (letter, STRENGTHS) for name, letter in TEACHER for steps in TEACHER_STEPS},
+        ("SiD", 1): ("D", STRENGTHS),
     }
 
 
@@ -132,9 +134,10 @@ def test_every_method_is_a_row_at_every_step_count_and_strength(results):
     found = [(row["model"], row["steps"], row["guidance"]) for row in results["rows"]]
     assert len(found) == len(set(found)) and set(found) == expected
     letters = {(row["model"], row["letter"]) for row in results["rows"]}
-    assert letters == {*EVERYWHERE, *AT_ONE, *TEACHER}
+    assert letters == {*EVERYWHERE, *AT_ONE, *TEACHER, ("SiD", "D")}
     samplers = {row["model"]: row["sampler"] for row in results["rows"]}
     assert samplers.pop("stage 1 and 2, stochastic") == "stochastic"
+    assert samplers.pop("SiD") == "one_step"
     assert samplers.pop("guided teacher, ancestral") == "ancestral" and set(samplers.values()) == {"ddim"}
     for row in results["rows"]:
         twice = row["model"].startswith(("guided teacher", "two students")) and row["guidance"]
@@ -151,6 +154,7 @@ def test_every_model_was_distilled_from_the_same_teacher(made):
     assert of == {
         "stage1": "teacher", "stage2": "stage1", "stochastic": "stage1", "fixed-w1-stage1": "teacher",
         "fixed-w1": "fixed-w1-stage1", "two-student-w1": "teacher", "encoder": "stage1",
+        "sid": "stage1",
     }  # fmt: skip
     assert option("stage1", "guidance_range") == [0, 4] and option("fixed-w1-stage1", "guidance_range") == [1, 1]
     assert option("stochastic", "sampler") == "stochastic" and option("two-student-w1", "guidance") == 1
@@ -197,11 +201,11 @@ def test_every_row_is_timed_where_its_calls_differ(results, report):
 
 def test_the_headline_sets_a_student_against_the_most_steps_of_the_teacher(results, report):
     header, *lines = table(report, "Headline")
-    assert header == ["w", "teacher's FD", "student", "steps", "FD", "calls ÷", "time ÷"]
+    assert header == ["w", "teacher's FD", "score", "student", "steps", "FD", "score", "calls ÷", "time ÷"]
     assert [line[0] for line in lines] == ["0", "1"] and "with 2 DDIM steps" in report
     for line, found in zip(lines, compare.headline(results), strict=True):
         assert line[1] == f"{found['teacher']['fd']:.2f}"
-        assert line[2] == ("none" if found["student"] is None else found["student"]["model"])
+        assert line[3] == ("none" if found["student"] is None else found["student"]["model"])
 
 
 def test_reconstruction_is_measured_at_equal_and_at_twice_the_calls(results, report):
@@ -501,11 +505,12 @@ def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
     assert [(line["calls"], line["seconds"]) for line in found] == [(512, 480), (None, None), (2048, 2200)]
     lines = table(compare.report(results_of(rows, timing=timing), tmp_path), "Headline")[1:]
     assert lines == [
-        ["0", "1.00", stochastic, "2", "1.05", "512", "480"], ["1", "0.50", "none", "", "", "", ""],
-        ["2", "1.00", student, "1", "1.00", "2048", "2200"],
+        ["0", "1.00", "2.00", stochastic, "2", "1.05", "2.00", "512", "480"],
+        ["1", "0.50", "2.00", "none", "", "", "", "", ""],
+        ["2", "1.00", "2.00", student, "1", "1.00", "2.00", "2048", "2200"],
     ]  # fmt: skip
     untimed = table(compare.report(results_of(rows), tmp_path), "Headline")[1:]
-    assert [line[5:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
+    assert [line[7:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
     assert compare.headline(results_of(rows[2:8])) == [] and "Headline" not in compare.report(results_of([]), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Every method of [GD] on one teacher, in tables like its own: `python -m fastdiff.compare --preset digits`."""
+"""Every method of [GD], and SiD, on one teacher, in tables: `python -m fastdiff.compare --preset digits`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
 from fastdiff.sample import check_device, generate, make_folder
 from fastdiff.translate import Pair, rmse
-from train import encoder, loop, stage1, stage2, teacher, two_student
+from train import encoder, loop, sid, stage1, stage2, teacher, two_student
 
 MethodName = Literal[
-    "teacher", "ancestral", "stage1", "deterministic", "stochastic", "fixed", "two-student", "encoder"
+    "teacher", "ancestral", "stage1", "deterministic", "stochastic", "fixed", "two-student", "sid", "encoder"
 ]  # fmt: skip
 NAMES = {  # of the tables' rows; those with a w of their own are scored at that w alone
     "teacher": "guided teacher, DDIM",
@@ -32,6 +32,7 @@ NAMES = {  # of the tables' rows; those with a w of their own are scored at that
     "stochastic": "stage 1 and 2, stochastic",
     "fixed": "fixed w = {w:g}",
     "two-student": "two students, w = {w:g}",
+    "sid": "SiD",
 }
 STUDENT_STEPS = (16, 8, 4, 2, 1)
 ENCODER_STEPS = 8
@@ -52,7 +53,7 @@ class Options:
     methods: tuple[MethodName, ...] = get_args(MethodName)
     """What is trained and scored (with what it is distilled from): the guided teacher with DDIM and with DDPM's
     sampler (ancestral); stage 1 alone; deterministic and stochastic students; students for one fixed w; two students
-    without w inside; an encoder, for reconstruction. Others can be added to the same folder later."""
+    without w inside; a SiD generator; an encoder, for reconstruction. Others can be added to the same folder later."""
     guidance: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0, 4.0)
     """The columns of the tables."""
     fixed_guidance: tuple[float, ...] = (1.0,)
@@ -120,7 +121,7 @@ def train_all(options: Options) -> None:
     run, at, asked = _recipe(options), options.out, set(options.methods)
     halving = {"updates": each, "last_updates": LAST_ROUNDS * each, "save_every": LAST_ROUNDS * each}
     teacher.train(run(teacher, "teacher", updates=first))
-    if asked & {"stage1", "deterministic", "stochastic", "encoder"}:
+    if asked & {"stage1", "deterministic", "stochastic", "sid", "encoder"}:
         limits = 0.0, max(4.0, *options.guidance)
         stage1.train(run(stage1, "stage1", updates=second, teacher=at / "teacher", guidance_range=limits))
     if asked & {"deterministic", "encoder"}:  # the encoder's decoder
@@ -135,6 +136,11 @@ def train_all(options: Options) -> None:
         if "two-student" in asked:
             stage_two = run(two_student, f"two-student-w{w:g}", teacher=at / "teacher", guidance=w, **halving)
             two_student.train(stage_two)
+    if "sid" in asked:
+        longest = LAST_ROUNDS * each
+        sid.train(run(
+            sid, "sid", teacher=at / "stage1", updates=longest, save_every=longest, score_num=min(options.num, 256)
+        ))  # fmt: skip
     if "encoder" in asked:
         encoder.train(run(encoder, "encoder", teacher=at / "stage1", end_steps=ENCODER_STEPS, **halving))
 
@@ -171,6 +177,7 @@ def _all_methods(options: Options) -> Iterator[Method]:
         for w in options.fixed_guidance:
             yield line("fixed", "D", f"fixed-w{w:g}/steps-{steps}", "ddim", steps, (w,))
             yield line("two-student", "D", f"two-student-w{w:g}/steps-{steps}", "ddim", steps, (w,))
+    yield line("sid", "D", "sid", "one_step", 1)
     for steps in sorted(options.teacher_steps):
         yield line("teacher", "D", "teacher", "ddim", steps)
         yield line("ancestral", "S", "teacher", "ancestral", steps)
@@ -329,12 +336,12 @@ def command(results: dict) -> str:
 def headline(results: dict) -> list[dict]:
     """For each w, the guided teacher (DDIM, most steps) and the student with the fewest steps that is about as good.
 
-    student: the row of a deterministic or stochastic student whose FD is at most WITHIN × the teacher's, or None.
+    student: the row of a deterministic, stochastic or SiD student whose FD is at most WITHIN × the teacher's, or None.
     calls, seconds: the teacher's over the student's, or None.
     """
     rows = results["rows"]
     teachers = [row for row in rows if row["model"] == NAMES["teacher"]]
-    students = [row for row in rows if row["model"] in (NAMES["deterministic"], NAMES["stochastic"])]
+    students = [row for row in rows if row["model"] in (NAMES["deterministic"], NAMES["stochastic"], NAMES["sid"])]
     most, lines = max((row["steps"] for row in teachers), default=None), []
     for best in sorted((row for row in teachers if row["steps"] == most), key=lambda row: row["guidance"]):
         w = best["guidance"]
@@ -357,12 +364,14 @@ def _headline_table(results: dict) -> list[str]:
         f"The guided teacher with {found[0]['teacher']['steps']} DDIM steps, and the student with the fewest steps "
         f"whose FD is at most {WITHIN:g} × the teacher's. ÷: the teacher's network calls, and its time (under "
         "Wall-clock), over the student's.", "",
-        "| w | teacher's FD | student | steps | FD | calls ÷ | time ÷ |", "|---:|---:|---|---:|---:|---:|---:|",
+        "| w | teacher's FD | score | student | steps | FD | score | calls ÷ | time ÷ |",
+        "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for line in found:
         student = line["student"]
-        cells = [f"{line['guidance']:g}", f"{line['teacher']['fd']:.2f}"]
-        cells += [student["model"], str(student["steps"]), f"{student['fd']:.2f}"] if student else ["none", "", ""]
+        cells = [f"{line['guidance']:g}", *(f"{line['teacher'][key]:.2f}" for key in ("fd", "score"))]
+        cells += [student["model"], str(student["steps"])] if student else ["none", ""]
+        cells += [f"{student[key]:.2f}" if student else "" for key in ("fd", "score")]
         cells += [_number(line["calls"]), _number(line["seconds"])]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -448,6 +457,7 @@ def draw(results: dict, options: Options, reference: Reference) -> None:
         figures.plot_trade_off(results["rows"], options.out / "trade-off.png")
     wanted = [("teacher", max(options.teacher_steps))]
     wanted += [(key, steps) for key in ("deterministic", "stochastic") for steps in (8, 4, 1)]
+    wanted.append(("sid", 1))
     asked = {(method.key, method.steps): method for method in methods(options)}
     shown = [asked[key] for key in wanted if key in asked]
     classes, columns = reference.dataset.num_classes, 5
