@@ -26,6 +26,9 @@ LEVELS = KarrasSchedule()  # of the generator's loss: σ from 0.002 at t = 0 to 
 def generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, alpha: float) -> Tensor:
     """(1/ω)·Σ d·[(f_φ − x) − α·d] with d = f_φ − f_ψ, (B,), differentiable in all three images ([SiD] eq. 23).
 
+    With an exact fake score and without 1/ω its expected gradient is ½∇E|d|² − (α − ½)·∇E|d|² with ψ held, so that for
+    α = ½ it is that of explicit score matching.
+
     (B, C, H, W) each: what teacher and fake score predict of a noisy x, and the generated x itself. ω is the mean over
     the image of |x − f_φ|, at least 1e-5, and carries no gradient. Raises ValueError for images that do not match.
     """

@@ -67,7 +67,7 @@ QUARTERS = 4  # of the noise range, for each of which the loss is logged by itse
 
 # The loss of each sample (B,), or that and more values a sample to be logged, by name.
 Loss = Callable[[Denoiser, Batch], Tensor | tuple[Tensor, dict[str, Tensor]]]
-Watch = Callable[[Denoiser], dict]  # the model -> its scores
+Watch = Callable[[Denoiser, dict | None], dict]  # the model in eval mode, and its last scores -> its scores
 
 
 class Batches(Protocol):
@@ -207,9 +207,9 @@ class Updater:
             with _autocast(options.precision, self.device):
                 losses = self.loss(self.denoiser, part)
             losses, others = losses if isinstance(losses, tuple) else (losses, {})
-            self._log_sums(part, {"loss": losses, **others})
+            finite = torch.isfinite(losses.detach())
+            self._log_sums(part, {"loss": losses, **others}, finite)
             if self.tolerance:
-                finite = torch.isfinite(losses)
                 self.dropped += (~finite).sum()
                 losses = torch.where(finite, losses, 0)
             loss = losses.mean() / options.accumulate
@@ -231,13 +231,13 @@ class Updater:
         self.update_count += 1
 
     @torch.no_grad()
-    def _log_sums(self, batch: Batch, values: dict[str, Tensor]) -> None:
-        """Add up values of samples by the quarter of the noise range that each lies in."""
+    def _log_sums(self, batch: Batch, values: dict[str, Tensor], finite: Tensor) -> None:
+        """Add up values of the samples with a finite loss by the quarter of the noise range that each lies in."""
         quarter = (QUARTERS * batch.uniform(TIME)).long()
-        self.samples.index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+        self.samples.index_add_(0, quarter, finite.float())
         for name, value in values.items():
             into = self.sums.setdefault(name, torch.zeros_like(self.samples))
-            into.index_add_(0, quarter, value.detach().float())
+            into.index_add_(0, quarter, torch.where(finite, value.detach().float(), 0))
 
     def log(self) -> dict:
         """What is to be logged of the updates since the last time. Waits for the device."""
@@ -247,6 +247,8 @@ class Updater:
             "grad_norm": float(self.grad_norm),
             "lr": self.learning_rate(),
         }
+        if self.tolerance:
+            row["dropped"] = int(distributed.total(self.dropped))
         for name, values in self.sums.items():
             row[f"{name}_quarters"] = [round(v, 6) for v in (distributed.total(values) / samples).tolist()]
         self.start_log()
@@ -706,13 +708,20 @@ def _score(
 ) -> dict | None:
     """Log the model's scores; keep it if none was better. Returns the best scores so far."""
     update = main.update_count
-    row = {"run": name, "update": update, "images": update * options.batch_size} | watch(main.averaged)
+    row = {"run": name, "update": update, "images": update * options.batch_size}
+    row |= watch(main.averaged.eval(), _last_score(options.out, name))
     _append(options.out / "scores.jsonl", row)
     _to_tensorboard(options.out, name, row)
     if "fd" not in row or (best is not None and best["fd"] <= row["fd"]):
         return best
     distributed.first(lambda: writer.save(options.out / "best", main.averaged))
     return row
+
+
+def _last_score(out: Path, name: str) -> dict | None:
+    path = out / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return next((row for row in reversed(rows) if row["run"] == name), None)
 
 
 def _append(path: Path, row: dict) -> None:

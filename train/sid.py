@@ -42,7 +42,8 @@ class Options(loop.LoopOptions):
     class_frequencies: tuple[float, ...] = ()
     """How often each class is drawn, in any unit; default: all equally often."""
     alpha: float = 1.2
-    """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1."""
+    """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1. Above 1, a
+    generator that is far too wide is driven further away."""
     t_max: float = 800
     """The generator's loss draws t from 0 to this, of 1000; 800 is σ = 24, 450 is σ = 1.7."""
     guidance_t_max: float = 1000
@@ -134,8 +135,10 @@ def check(options: Options) -> None:
         )
     if not 0 < options.sigma_init < math.inf:
         raise UserError(f"--sigma-init must be a positive number, got {options.sigma_init:g}")
-    if options.fake_lr is not None and not options.fake_lr > 0:
+    if options.fake_lr is not None and not 0 < options.fake_lr < math.inf:
         raise UserError(f"--fake-lr must be positive, got {options.fake_lr:g}")
+    if options.flip:
+        raise UserError("--flip: SiD reads no image that could be flipped; leave it out")
     if options.score_num < 2:
         raise UserError(f"--score-num {options.score_num}: a score needs at least 2 images")
     frequencies = options.class_frequencies
@@ -172,10 +175,13 @@ def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
         )
     lowest, highest = (math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
     levels = KarrasSchedule(options.sigma_min, options.sigma_max)
-    needed = (options.sigma_min, max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init))
+    needed = (
+        min(options.sigma_min, options.sigma_init),
+        max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init),
+    )
     lacks = []
     if needed[0] < lowest * (1 - 1e-6):
-        lacks.append(f"{needed[0]:.3g} to {lowest:.3g} (raise --sigma-min)")
+        lacks.append(f"{needed[0]:.3g} to {lowest:.3g} (raise --sigma-min or --sigma-init)")
     if needed[1] > highest * (1 + 1e-6):
         lacks.append(f"{highest:.3g} to {needed[1]:.3g} (lower --sigma-max, --t-max or --sigma-init)")
     if lacks:
@@ -262,23 +268,22 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConf
         return metrics.variety(torch.cat([part.cpu() for part in chunks]), labels)
 
     usual: list[metrics.Variety] = []  # the teacher's, once it is needed
-    seen: list[float] = []
 
-    def watch(model: Denoiser) -> dict:
+    def watch(model: Denoiser, last: dict | None) -> dict:
         if not usual:
             usual.append(variety(with_guidance(teacher), 32, "ddim"))
         found, expected = variety(model, 1, "one_step"), usual[0]
         ratios = found.spread / expected.spread.clamp(min=1e-12)
         spread, worst = float(ratios.min()), int(ratios.argmin())
         row = {"spread": round(spread, 4), "near_duplicates": round(found.near_duplicates, 4), "alarms": []}
-        if seen and spread < COLLAPSED and spread <= seen[-1]:  # a generator starts with little variety, and gains it
+        # A generator starts with little variety, and gains it.
+        if last is not None and spread < COLLAPSED and round(spread, 4) <= last["spread"]:
             row["alarms"].append(f"class {worst} varies {spread:.2f} times as much as the teacher's images of it")
         if found.near_duplicates > expected.near_duplicates + REPEATED:
             row["alarms"].append(
                 f"{found.near_duplicates:.0%} of the images have a near-duplicate, "
                 f"{expected.near_duplicates:.0%} of the teacher's"
             )
-        seen.append(spread)
         for alarm in row["alarms"]:
             if distributed.is_first():
                 print(f"warning: collapse? {alarm}", flush=True)
