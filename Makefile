@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test lint bench inspect clean
 
@@ -11,8 +12,8 @@ demo: $(READY)
 
 # Triton decides when it is imported whether to interpret its kernels: they have a process of their own.
 test: $(READY)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fused
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/fused
 
 lint: $(READY)
 	$(BIN)/ruff check .

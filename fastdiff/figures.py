@@ -138,7 +138,8 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
     """Rows of panels, title -> label -> points of a line, (thousands of images, value); NaN breaks the line.
 
     Lines of many points are drawn faintly under their moving average. Axes are logarithmic, but for the learning rate,
-    which may end at 0, and for values on both sides of 0 (SiD's losses), where they are so away from 0.
+    which may end at 0, and for values on both sides of 0 (SiD's losses), where they are so away from 0. Distances have
+    a logarithmic axis of images too.
     """
     from matplotlib.lines import Line2D
 
@@ -159,7 +160,7 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
                 axis.set_yscale("log")
             for label, points in lines.items():
                 _curve(axis, np.array(points, dtype=float), colors[label])
-            axis.set(xlabel="thousands of images")
+            axis.set(xlabel="thousands of images", xscale="log" if title == "Fréchet distance" else "linear")
             axis.set_title(title, fontsize=10)
             axis.grid(alpha=0.3)
     handles = [Line2D([], [], color=color) for color in colors.values()]
