@@ -22,7 +22,7 @@ ROUNDS = ["--start-steps", "4", "--end-steps", "1", "--updates", "2", "--last-up
 
 
 def launch(processes: int, *arguments) -> None:
-    command = [sys.executable, "-m"] if processes == 1 else [*LAUNCH, str(processes), "-m"]
+    command = [sys.executable, "-m"] if processes == 1 else [*LAUNCH, str(processes), "-m", "--"]
     done = subprocess.run(
         [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -51,6 +51,14 @@ def alone(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def student(alone) -> Path:
+    """Two updates of stage 1."""
+    out = alone.parent / "stage1"
+    launch(1, "train.stage1", *COMMON, "--teacher", alone, "--out", out, "--updates", 2)
+    return out
+
+
 def test_four_processes_begin_and_two_go_on(alone, tmp_path):
     teacher = ["train.teacher", *COMMON, *TINY, "--out", tmp_path / "run", "--save-every", 3, "--accumulate", 2]
     launch(4, *teacher, "--updates", 3)
@@ -70,9 +78,10 @@ def test_four_processes_begin_and_two_go_on(alone, tmp_path):
     ],
     ids=lambda recipe: recipe[0],
 )
-def test_two_processes_distil_as_one_does(alone, tmp_path, recipe):
+def test_two_processes_distil_as_one_does(alone, student, tmp_path, recipe):
+    of = student if recipe[0] in ("train.stage2", "train.encoder", "train.sid") else alone
     for processes in (1, 2):
-        launch(processes, *recipe, *COMMON, "--teacher", alone, "--out", tmp_path / str(processes))
+        launch(processes, *recipe, *COMMON, "--teacher", of, "--out", tmp_path / str(processes))
     assert_alike(tmp_path / "2", tmp_path / "1")
     if recipe[0] == "train.sid":
         scores = [json.loads((tmp_path / name / "scores.jsonl").read_text()) for name in "12"]

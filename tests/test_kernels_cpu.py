@@ -22,7 +22,15 @@ def no_forced_backend(monkeypatch):
 
 def force(patch, chunk: int = 300) -> None:
     """Chunks for every channels-last input, however small, and more than one of them."""
-    patch.setattr(cpu, "_chunks_pay", lambda x, *_, **__: x.is_contiguous(memory_format=CHANNELS_LAST))
+    usual = cpu.group_norm
+
+    def in_chunks(x, groups, weight, bias, eps, *, scale, shift, silu):
+        if not x.is_contiguous(memory_format=CHANNELS_LAST):
+            return usual(x, groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+        training = torch.is_grad_enabled() and cpu._any_requires_grad(x, weight, bias, scale, shift)
+        return cpu._in_chunks(x, groups, weight, bias, eps, scale, shift, silu, training)
+
+    patch.setattr(cpu, "group_norm", in_chunks)
     patch.setattr(cpu, "CHUNK", chunk)
 
 
@@ -32,13 +40,23 @@ def chunked(monkeypatch):
 
 
 def make(shape, dtype=torch.float32, layout=CHANNELS_LAST, parameters=None, modulated=True, mean=0.0, std=1.0, seed=0):
-    """[x, weight, bias, scale, shift] and the gradient of the result."""
+    """[x, weight, bias, scale, shift] and the gradient of the result.
+
+    Every gradient is a sum of terms most of which have one sign, lest it be a small difference of large numbers, of
+    which no float32 arithmetic keeps five digits: that of the result grows with it, and the parameters follow suit.
+    """
     draw = torch.Generator().manual_seed(seed)
-    shapes = [shape, shape, shape[1:2], shape[1:2], *([shape[:2]] * 2 if modulated else [])]
-    dy, x, *others = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
-    x = (mean + std * x).to(dtype).contiguous(memory_format=layout)
+    batch, channels = shape[:2]
+    z, noise, weight, bias, scale, shift = (
+        torch.randn(s, generator=draw, dtype=torch.float64)
+        for s in (shape, shape, (channels,), (channels,), (batch, channels), (batch, channels))
+    )
+    dy = (1 + weight.sign()[:, None, None] * z + noise).to(dtype)
+    weight, bias, scale = weight.sign() * (0.5 + weight.abs()), 0.5 + bias.abs(), scale.abs()
+    others = (weight, bias, scale, shift) if modulated else (weight, bias)
+    x = (mean + std * z).to(dtype).contiguous(memory_format=layout)
     inputs = [t.requires_grad_() for t in (x, *(t.to(parameters or dtype) for t in others))]
-    return inputs, dy.to(dtype).contiguous(memory_format=layout)
+    return inputs, dy.contiguous(memory_format=layout)
 
 
 def run(function, inputs, groups, silu=True):
@@ -70,9 +88,10 @@ def errors(found, wanted):
 
 
 @st.composite
-def cases(draw, dtypes, parameters=(None,)):
-    size, few = st.integers(1, 9), st.integers(1, 5)
-    batch, groups, width, height, breadth = (draw(s) for s in (few, few, st.sampled_from([1, 2, 3, 4, 16]), size, size))
+def cases(draw, dtypes, groups, parameters=(None,)):
+    size = st.integers(1, 9)
+    batch, groups, width = draw(st.integers(1, 5)), draw(groups), draw(st.sampled_from([1, 2, 3, 4, 16]))
+    height, breadth = draw(size), draw(size)
     assume(width * height * breadth >= 8)  # with fewer, gradients of x cancel to nothing
     inputs, dy = make(
         (batch, groups * width, height, breadth),
@@ -86,33 +105,47 @@ def cases(draw, dtypes, parameters=(None,)):
 
 
 @settings(max_examples=120, deadline=None)
-@given(cases([torch.float32, torch.float64]))
+@given(cases([torch.float32, torch.float64], st.integers(1, 5)))
 def test_results_and_gradients_are_the_references_in_float64(case):
     *arguments, chunk = case
     with pytest.MonkeyPatch.context() as patch:
         force(patch, chunk)
         found = all_results(cpu.group_norm, *arguments)
-    wanted = exact_results(*arguments)
     limit = 1e-5 if found[0].dtype == torch.float32 else 1e-13
-    usual = errors(all_results(reference.group_norm, *arguments), wanted)
-    for error, expected in zip(errors(found, wanted), usual, strict=True):
-        assert error < max(limit, 3 * expected)  # some gradients are small differences, in the reference too
+    assert max(errors(found, exact_results(*arguments))) < limit
 
 
+# Of fewer than 32 numbers all of PyTorch's may be rounded well by chance.
 @settings(max_examples=100, deadline=None)
-@given(cases(HALF, parameters=[None, torch.float32]))
+@given(cases(HALF, st.integers(32, 40), parameters=[None, torch.float32]))
 def test_half_precision_is_no_worse_than_pytorch_in_half_precision(case):
-    (inputs, dy, *others), chunk = case[:-1], case[-1]
+    *arguments, chunk = case
+    inputs, dy = arguments[:2]
     with pytest.MonkeyPatch.context() as patch:
         force(patch, chunk)
-        found = all_results(cpu.group_norm, inputs, dy, *others)
+        found = all_results(cpu.group_norm, *arguments)
     assert [t.dtype for t in found] == [dy.dtype, *(t.dtype for t in inputs)]
-    wanted = exact_results(inputs, dy, *others)
-    usual = errors(all_results(by_torch, inputs, dy, *others), wanted)
-    # In chunks it rounds once; contiguous it is PyTorch itself, whose roundings may happen to cancel in short sums.
-    ulps = 1 if inputs[0].is_contiguous(memory_format=CHANNELS_LAST) else 4
-    for error, expected in zip(errors(found, wanted), usual, strict=True):
-        assert error < 1.5 * expected + ulps * torch.finfo(dy.dtype).eps
+    assert_no_worse_than_pytorch(found, *arguments)
+
+
+def assert_no_worse_than_pytorch(found, *arguments):
+    """Within 1.5 times its errors in the dtype of the image, for the result and, if given, every gradient."""
+    wanted, theirs = exact_results(*arguments)[: len(found)], all_results(by_torch, *arguments)[: len(found)]
+    for error, usual in zip(errors(found, wanted), errors(theirs, wanted), strict=True):
+        assert error <= 1.5 * usual
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS])
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("way", ["_by_pytorch", "_widened", "_in_chunks"])
+def test_so_is_each_way_without_gradients(way, modulated, layout, dtype):
+    inputs, dy = make((3, 64, 8, 8), dtype, layout, modulated=modulated)
+    scale, shift = inputs[3:] or (None, None)
+    with torch.no_grad():
+        found = getattr(cpu, way)(inputs[0], 32, *inputs[1:3], 1e-5, scale, shift, modulated, training=False)
+    assert found.dtype == dtype
+    assert_no_worse_than_pytorch([found], inputs, dy, 32, modulated)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -171,15 +204,9 @@ def test_memory_layout_is_the_references(monkeypatch, layout, dtype, way):
 
 def test_the_gradient_may_come_in_any_layout(chunked):
     inputs, dy = make((3, 8, 4, 4))
-    wanted = all_results(reference.group_norm, inputs, dy, 4)
-    torch.testing.assert_close(all_results(cpu.group_norm, inputs, dy.contiguous(), 4), wanted)
-    one = torch.ones(()).expand_as(dy)
-    torch.testing.assert_close(
-        all_results(cpu.group_norm, inputs, one, 4),
-        all_results(reference.group_norm, inputs, one, 4),
-        atol=1e-5,
-        rtol=1e-4,
-    )
+    for gradient in (dy.contiguous(), torch.ones(()).expand_as(dy)):
+        found = all_results(cpu.group_norm, inputs, gradient, 4)
+        assert max(errors(found, exact_results(inputs, gradient, 4))) < 1e-5
 
 
 def test_inputs_and_gradients_stay_as_they_were(chunked):
@@ -204,7 +231,7 @@ def test_only_one_input_may_need_a_gradient(chunked, of):
     wanted = exact_results(inputs, dy, 4)[1 + of]
     alone = [t.detach().requires_grad_(i == of) for i, t in enumerate(inputs)]
     (found,) = torch.autograd.grad(run(cpu.group_norm, alone, 4), alone[of], dy)
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert errors([found], [wanted])[0] < 1e-5
 
 
 def test_differentiating_twice_raises(chunked):
@@ -237,19 +264,22 @@ def test_forward_mode_raises_instead_of_returning_zeros(chunked):
 def test_functional_gradients_work(chunked):
     inputs, dy = make((2, 8, 4, 4))
     found = torch.func.grad(lambda *inputs: (run(cpu.group_norm, inputs, 4) * dy).sum(), tuple(range(5)))(*inputs)
-    for f, w in zip(found, all_results(reference.group_norm, inputs, dy, 4)[1:], strict=True):
-        torch.testing.assert_close(f, w, atol=1e-5, rtol=1e-4)
+    assert max(errors(found, exact_results(inputs, dy, 4)[1:])) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_whole_in_both_directions(dtype):
     inputs, dy = make((64, 32, 8, 8), dtype)
     compiled = torch.compile(kernels.group_norm, fullgraph=True, backend="aot_eager")
-    wanted = exact_results(inputs, dy, 32)
-    for found in (all_results(f, inputs, dy, 32) for f in (compiled, kernels.group_norm)):
-        assert max(errors(found, wanted)) < (1e-5 if dtype == torch.float32 else 2e-2)
+    results = [all_results(f, inputs, dy, 32) for f in (compiled, kernels.group_norm)]
     with torch.no_grad():
-        assert errors([run(compiled, inputs, 32)], wanted[:1])[0] < (1e-5 if dtype == torch.float32 else 2e-2)
+        results.append([run(compiled, inputs, 32)])
+    wanted = exact_results(inputs, dy, 32)
+    for found in results:
+        if dtype == torch.float32:
+            assert max(errors(found, wanted[: len(found)])) < 1e-5
+        else:
+            assert_no_worse_than_pytorch(found, inputs, dy, 32)
 
 
 def test_the_chunks_themselves_compile_whole(chunked):
@@ -276,7 +306,7 @@ def ways(monkeypatch, x, groups, **options):
     def note(name, image):
         taken.append(name if image.dtype == x.dtype else f"{name} in {str(image.dtype).removeprefix('torch.')}")
 
-    for module, name in ((cpu, "_in_chunks"), (cpu, "_by_pytorch"), (reference, "group_norm")):
+    for module, name in ((cpu, "_in_chunks"), (cpu, "_widened"), (cpu, "_by_pytorch"), (reference, "group_norm")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _f=function, _n=name, **k: (note(_n, a[0]), _f(*a, **k))[1])
     weight = torch.ones(x.shape[1], requires_grad=options.pop("training", False))
@@ -303,4 +333,11 @@ def test_other_inputs_run_where_pytorch_is_fast(monkeypatch):
     assert ways(monkeypatch, x.transpose(2, 3), 32) == ["group_norm"]
     assert ways(monkeypatch, x.bfloat16(), 32) == ["_by_pytorch"]
     assert ways(monkeypatch, x.bfloat16().contiguous(**last), 2) == ["_by_pytorch"]
-    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 4) == ["_by_pytorch in float32"]
+    assert ways(monkeypatch, x.bfloat16().contiguous(**last), 4) == ["_widened", "_by_pytorch in float32"]
+
+
+def test_large_images_run_in_chunks_in_training_alone(monkeypatch):
+    x = torch.zeros(16, 64, 32, 32).contiguous(memory_format=CHANNELS_LAST)
+    for image in (x, x.bfloat16()):
+        assert ways(monkeypatch, image, 32) == ["_by_pytorch"]
+        assert ways(monkeypatch, image, 32, training=True) == ["_in_chunks"]

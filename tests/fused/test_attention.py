@@ -44,14 +44,20 @@ def eager(qkv, heads):
     return (weights @ v).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
-def assert_right(qkv, heads, direction, function=kernels.attention):
-    """Values and gradients: float32 to 1e-5 or as well as eager PyTorch; half precision to 1.5 times its error."""
-    ours, theirs, truth = (f(qkv, heads, direction) for f in (lambda *a: both(function, *a), eager_both, exact))
+def assert_right(qkv, heads, direction, *, large_scores=False):
+    """Values and gradients: float32 to 1e-5, half precision to 1.5 times the error of eager PyTorch."""
+    ours, theirs, truth = (f(qkv, heads, direction) for f in (ours_both, eager_both, exact))
     for mine, other, true in zip(ours, theirs, truth, strict=True):
         assert mine.dtype == qkv.dtype
         assert mine.shape == true.shape
         allowed = 1.5 * error(other.cpu(), true)
-        assert error(mine.cpu(), true) <= (max(allowed, 1e-5) if qkv.dtype == torch.float32 else allowed + 1e-4)
+        if qkv.dtype == torch.float32 and not large_scores:  # whose own rounding, 200·2⁻²⁴, is more than 1e-5
+            allowed = 1e-5
+        assert error(mine.cpu(), true) <= allowed
+
+
+def ours_both(qkv, heads, direction):
+    return both(kernels.attention, qkv, heads, direction)
 
 
 def eager_both(qkv, heads, direction):
@@ -101,14 +107,14 @@ def test_logits_past_the_range_of_exp(device, dtype, tokens, sign):
     large = qkv.detach().clone()
     large[..., :64] = 5 + 0.01 * large[..., :64]
     large[..., 64:128] = sign * (5 + 0.01 * large[..., 64:128])
-    assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype))
+    assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype), large_scores=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_rows_give_equal_weights(device, dtype):
     qkv = draw(2, 1, 3 * 32, dtype=dtype, device=device).expand(2, 70, 96)
     out = kernels.attention(qkv, 1)
-    assert error(out, qkv[..., 64:]) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert error(out, qkv[..., 64:]) < 1e-6  # of 70 equal values the mean rounds back to them
 
 
 def test_qkv_that_is_not_contiguous(device):

@@ -123,7 +123,8 @@ def test_gradients_have_the_dtypes_of_their_inputs(device, shape, groups, path):
     )
     for leaf, ours, theirs in zip(leaves, gradients(y, leaves), gradients(expected, exact), strict=True):
         assert ours.dtype == leaf.dtype
-        assert error(ours.cpu(), theirs) < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[leaf.dtype]
+        rounding = error(theirs.to(leaf.dtype), theirs)  # eager PyTorch takes no mixture of dtypes
+        assert error(ours.cpu(), theirs) <= (1e-5 if leaf.dtype == torch.float32 else 1.5 * rounding)
 
 
 @each_path
@@ -133,8 +134,9 @@ def test_a_mean_of_1000_deviations_costs_no_digits(device, shape, groups, path):
         leaves[0] += 1000
     y = normalized(*leaves, groups)
     exact, *exact_gradients = on_float64(leaves, groups)
-    assert error(y.cpu(), exact) < 1e-3  # an ulp of the mean alone is 6e-5 deviations
-    assert error(gradients(y, leaves)[0].cpu(), exact_gradients[0]) < 1e-3
+    limit = 1e-4  # not 1e-5: an ulp of the mean alone is 6e-5 deviations
+    assert error(y.cpu(), exact) < limit
+    assert error(gradients(y, leaves)[0].cpu(), exact_gradients[0]) < limit
     x = leaves[0].detach().reshape(shape[0], groups, -1)
     naive = (x.square().mean(-1) - x.mean(-1).square()).abs()
     assert error(naive, x.double().var(-1, unbiased=False)) > 1e-2
