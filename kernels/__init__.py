@@ -190,22 +190,29 @@ def group_norm(
 
     Returns x's dtype and memory layout. Raises ValueError if groups do not divide C or scale comes without shift.
     """
-    checks.floating("group_norm", "x", x)
-    num_groups, eps = checks.integer("group_norm", "num_groups", num_groups), checks.number("group_norm", "eps", eps)
-    if x.ndim != 4:
-        raise ValueError(f"group_norm: x must be (B, C, H, W), got {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    # What is right is found so without a call: ten calls are 1 % of the time that small images take on a CPU.
+    if not isinstance(x, Tensor) or x.dtype not in checks.FLOATING:
+        checks.floating("group_norm", "x", x)
+    if type(num_groups) is not int or type(eps) is not float:
+        num_groups = checks.integer("group_norm", "num_groups", num_groups)
+        eps = checks.number("group_norm", "eps", eps)
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"group_norm: x must be (B, C, H, W), got {tuple(shape)}")
+    batch, channels = shape[0], shape[1]
     if num_groups <= 0 or channels == 0 or channels % num_groups:
         raise ValueError(f"group_norm: {num_groups} groups do not divide {channels} channels")
     if not eps >= 0:
         raise ValueError(f"group_norm: eps must not be negative, got {eps}")
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
-    checks.parameter("group_norm", "weight", weight, (channels,), x)
-    checks.parameter("group_norm", "bias", bias, (channels,), x)
+    given = (("weight", weight, (channels,)), ("bias", bias, (channels,)))
     if scale is not None:
-        checks.parameter("group_norm", "scale", scale, (batch, channels), x)
-        checks.parameter("group_norm", "shift", shift, (batch, channels), x)
+        given += (("scale", scale, (batch, channels)), ("shift", shift, (batch, channels)))
+    device, floating = x.device, checks.FLOATING
+    for key, t, wanted in given:
+        if not (isinstance(t, Tensor) and t.shape == wanted and t.dtype in floating and t.device == device):
+            checks.parameter("group_norm", key, t, wanted, x)
     return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=bool(silu))
 
 

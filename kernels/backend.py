@@ -22,7 +22,8 @@ except Exception as error:  # whatever ails Triton, everything else runs on the 
 else:
     BACKENDS |= {"triton": fused, "cuda": cuda}
     MISSING = ""
-BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# `os.environ.get` takes as long as ten of our checks, because it raises an error and catches it.
+ENVIRONMENT, KEY = os.environ._data, os.environ.encodekey("FASTDIFF_KERNELS")
 
 
 class BackendError(RuntimeError):
@@ -55,7 +56,7 @@ class use:
 
 def implementation(operation: str, tensor: Tensor) -> Callable:
     """The function that runs `operation` on tensors that live where `tensor` does. Raises BackendError if none can."""
-    name = _forced or os.environ.get("FASTDIFF_KERNELS", "")
+    name = _forced or (KEY in ENVIRONMENT and os.environ["FASTDIFF_KERNELS"])
     if name:
         _check(name, "FASTDIFF_KERNELS")
         if name == "triton" and tensor.device.type == "cpu" and not INTERPRETED:
@@ -63,11 +64,18 @@ def implementation(operation: str, tensor: Tensor) -> Callable:
                 f"{operation}: the triton backend was asked for, but the tensors are on the CPU: move them to a GPU, "
                 "choose reference, or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
             )
-    order = (name,) if name else BY_DEVICE.get(tensor.device.type, ())
-    if tensor.is_cuda and name != "reference" and MISSING:
+        order = (name,)
+    elif tensor.is_cpu:  # asking for the name of the device takes many times as long
+        order = ("cpu",)
+    else:
+        order = ("cuda", "triton") if tensor.is_cuda else ()
+    if MISSING and tensor.is_cuda and name != "reference":
         _warn_of_missing_kernels()
-    candidates = (getattr(BACKENDS.get(name), operation, None) for name in (*order, "reference"))
-    return next(found for found in candidates if found is not None)
+    for candidate in order:
+        found = getattr(BACKENDS.get(candidate), operation, None)
+        if found is not None:
+            return found
+    return getattr(BACKENDS["reference"], operation)
 
 
 @functools.cache

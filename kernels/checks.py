@@ -45,8 +45,6 @@ def coefficients(name: str, image: Tensor, **given: Tensor | None) -> None:
 
 def parameter(name: str, key: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Floating, of one shape, and on x's device."""
-    if isinstance(value, Tensor) and value.shape == shape and value.dtype in FLOATING and value.device == x.device:
-        return  # in every good call, and so without the calls below, which take longer than a small kernel
     floating(name, key, value)
     if value.shape != shape:
         raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(value.shape)}")

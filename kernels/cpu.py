@@ -8,10 +8,24 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import reference
 
 CHUNK = 1 << 18  # elements worked on at a time, whose float32 copies are allocated once and stay in the cache
+HALVES = (torch.float16, torch.bfloat16)
+NEVER = 99
+ENOUGH_VISITS = {  # binary logarithms, measured, for groups of up to 2, 4 and 8 channels; see `_chunks_pay`
+    # half precision, large, plain
+    (False, False, False): (16, 16, NEVER),
+    (False, False, True): (17, 19, NEVER),
+    (False, True, False): (18, 18, 18),
+    (False, True, True): (19, NEVER, NEVER),
+    (True, False, False): (16, 16, 16),
+    (True, False, True): (17, 17, NEVER),
+    (True, True, False): (16, 16, 16),
+    (True, True, True): (17, 17, 17),
+}
 
 
 class _Options(NamedTuple):
@@ -21,58 +35,61 @@ class _Options(NamedTuple):
 
 
 def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tensor:
-    training = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, scale, shift)
-    plain = scale is None and not silu
-    if _chunks_pay(x, num_groups, training, plain):
-        return _in_chunks(x, num_groups, weight, bias, eps, scale, shift, silu, training)
-    if _own_dtype_pays(x, num_groups, training, plain):
-        return _by_pytorch(x, num_groups, weight, bias, eps, scale, shift, silu, training)
-    if torch.compiler.is_compiling() or not _is_dense(x):
+    """The reference, or the quickest of the three ways below.
+
+    In half precision PyTorch is quick only where groups fill vectors, and slower than in float32 at scaling and SiLU,
+    which save half the memory for the backward pass though.
+    """
+    if is_compiling() or not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
+        # Compilers fuse it into less than the others take, and it knows every memory layout.
         return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
-    wide = x.to(_working_dtype(x))  # in x's memory order, which the reference gives up for the sake of precision
-    return _by_pytorch(wide, num_groups, weight, bias, eps, scale, shift, silu, training).to(x.dtype)
+    training = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, scale, shift)
+    plain, half = scale is None and not silu, x.dtype in HALVES
+    batch, channels, height, width = x.shape
+    size, large = channels // num_groups, height * width >= 1024
+    if x.is_contiguous():
+        way = _widened if half and not training and not plain else _by_pytorch
+    elif large and not training:
+        way = _by_pytorch
+    elif size <= 8 and _chunks_pay(batch * height * width * num_groups, size, large, x.dtype, training, plain):
+        way = _in_chunks
+    else:
+        way = _widened if half and size % 16 else _by_pytorch
+    return way(x, num_groups, weight, bias, eps, scale, shift, silu, training)
 
 
-def _chunks_pay(x: Tensor, num_groups: int, training: bool, plain: bool) -> bool:
+def _chunks_pay(visits: int, size: int, large: bool, dtype: torch.dtype, training: bool, plain: bool) -> bool:
     """Whether `_GroupNorm` is faster than PyTorch, in x's dtype and in float32.
 
     Channels-last, each visit of a group at a pixel takes PyTorch 29 ns in half precision and 8 ns in float32, until
-    the group's channels fill vectors; from 32×32 pixels on its forward pass escapes that, its backward pass does not.
-    `_GroupNorm` takes 1 to 2 ns per element and direction after a start of 0.1 ms.
+    the group's channels, `size`, fill vectors; from 32×32 pixels on (`large`) its forward pass escapes that, its
+    backward pass does not. `_GroupNorm` takes 1 to 2 ns per element and direction after a start of 0.1 ms, in training
+    0.9 ms, and saves memory, which takes time too, if there is more to do than to normalize.
     """
-    if torch.compiler.is_compiling():  # compilers fuse the reference into less than either
+    if dtype == torch.float64:
         return False
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) or x.dtype == torch.float64:
-        return False
-    width, pixels, half = x.shape[1] // num_groups, x.shape[2] * x.shape[3], x.dtype != torch.float32
-    visits = x.shape[0] * pixels * num_groups
-    if pixels >= 1024:
-        return training and visits >= 2**14 and width <= (8 if half or not plain else 1)
-    return visits >= 2**15 if width <= 2 else visits >= 2**18 and width <= 4
+    least = ENOUGH_VISITS[dtype in HALVES, large, plain] if training else (16, 16, NEVER)
+    return visits >= 2 ** least[0 if size <= 2 else 1 if size <= 4 else 2]
 
 
-def _own_dtype_pays(x: Tensor, num_groups: int, training: bool, plain: bool) -> bool:
-    """Whether PyTorch is as fast in x's dtype as in float32: in half precision not where its groups fill no vectors.
-
-    Scaling and SiLU are slower in half precision too, but save half the memory for the backward pass.
-    """
-    if torch.compiler.is_compiling() or not _is_dense(x):
-        return False
-    if x.dtype in (torch.float32, torch.float64):
-        return True
-    if x.is_contiguous() or (x.shape[1] // num_groups) % 16 == 0:
-        return training or plain
-    return x.shape[2] * x.shape[3] >= 1024 and not training
+def _widened(x, num_groups, weight, bias, eps, scale, shift, silu, training) -> Tensor:
+    """In x's memory order, which the reference gives up for the sake of precision."""
+    return _by_pytorch(x.float(), num_groups, weight, bias, eps, scale, shift, silu, training).to(x.dtype)
 
 
 def _by_pytorch(x, num_groups, weight, bias, eps, scale, shift, silu, training) -> Tensor:
-    dtype = _working_dtype(x)  # of the parameters, because PyTorch keeps the statistics in theirs
-    if not weight.dtype == bias.dtype == dtype:
-        weight, bias = weight.to(dtype), bias.to(dtype)
+    dtype = x.dtype
+    working = torch.float32 if dtype in HALVES else dtype
+    fit = (working,) if training else (working, dtype)  # PyTorch keeps statistics in the dtype of the parameters
+    if not (weight.dtype == bias.dtype and weight.dtype in fit):  # `to` takes a microsecond to find nothing to do
+        weight, bias = weight.to(working), bias.to(working)
     y = torch.group_norm(x, num_groups, weight, bias, eps)  # F.group_norm checks first what our caller has checked
     if scale is not None:
-        scale, shift = (t.to(x.dtype)[:, :, None, None] for t in (1 + scale.to(dtype), shift))
-        y = torch.addcmul(shift, y, scale)
+        if scale.dtype == shift.dtype == dtype:
+            factor = 1 + scale
+        else:
+            factor, shift = (1 + scale.to(working)).to(dtype), shift.to(dtype)
+        y = torch.addcmul(shift[..., None, None], y, factor[..., None, None])
     return F.silu(y, inplace=not training) if silu else y
 
 
@@ -85,10 +102,6 @@ def _in_chunks(x, num_groups, weight, bias, eps, scale, shift, silu, training) -
     run = _GroupNorm.apply if training else _GroupNorm.forward  # `apply` alone takes as long as ten small operations
     y, _ = run(x.permute(0, 2, 3, 1).flatten(1, 2), gain, offset, _Options(num_groups, eps, silu))
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

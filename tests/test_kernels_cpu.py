@@ -137,10 +137,11 @@ def assert_no_worse_than_pytorch(found, *arguments):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS])
+@pytest.mark.parametrize("parameters", [None, torch.float32])
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("way", ["_by_pytorch", "_widened", "_in_chunks"])
-def test_so_is_each_way_without_gradients(way, modulated, layout, dtype):
-    inputs, dy = make((3, 64, 8, 8), dtype, layout, modulated=modulated)
+def test_so_is_each_way_without_gradients(way, modulated, parameters, layout, dtype):
+    inputs, dy = make((3, 64, 8, 8), dtype, layout, parameters, modulated)
     scale, shift = inputs[3:] or (None, None)
     with torch.no_grad():
         found = getattr(cpu, way)(inputs[0], 32, *inputs[1:3], 1e-5, scale, shift, modulated, training=False)
