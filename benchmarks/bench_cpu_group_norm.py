@@ -1,8 +1,8 @@
 """GroupNorm of channels-last images on the CPU, ours against PyTorch's: `python -m benchmarks.bench_cpu_group_norm`.
 
 Prints the medians of ratios, PyTorch's ÷ ours, of calls that alternate, in processor time, so that other work on the
-machine counts less; and between what bounds the same ratios lie for PyTorch's against itself, behind one more Python
-call. Fails where ours is below these bounds, or less than 3 times as fast in bf16 where PyTorch's is slowest.
+machine counts less; and how far the same ratios scatter for PyTorch's against itself, behind one more Python call.
+Fails where ours is slower by more than that, or less than 3 times as fast in bf16 where PyTorch's is slowest.
 """
 
 import ctypes
@@ -102,8 +102,8 @@ def main() -> None:
                 found[shape, dtype, name] = ratio(ours, *shape, dtype, **options)
                 print(f"{found[shape, dtype, name]:16.2f}", end="", flush=True)
             print()
-    least = min(same)
-    print(f"PyTorch's against itself: {least:.2f} to {max(same):.2f}, median {statistics.median(same):.3f}")
+    least = 1 - (max(same) - min(same))  # as far from 1 as two measurements of one thing are apart
+    print(f"PyTorch's against itself: {min(same):.3f} to {max(same):.3f}, so that {least:.3f} counts as equal")
     failures = []
     for (shape, dtype, name), first in found.items():
         limit = LEAST_OF_SLOWEST if shape in SLOWEST and dtype == torch.bfloat16 else least

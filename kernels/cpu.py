@@ -43,7 +43,7 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tenso
     if is_compiling() or not (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
         # Compilers fuse it into less than the others take, and it knows every memory layout.
         return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
-    training = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, scale, shift)
+    training = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(weight, bias, scale, shift))
     plain, half = scale is None and not silu, x.dtype in HALVES
     batch, channels, height, width = x.shape
     size, large = channels // num_groups, height * width >= 1024
