@@ -534,3 +534,20 @@ def test_options_that_an_earlier_version_lacked_had_their_defaults(tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--ema was 0\.0, is 0\.5"):
         fit(out, updates=4, resume=True, ema=0.5)
+
+
+def test_a_signal_that_comes_while_an_update_is_logged_stops_after_the_next_one(tmp_path, monkeypatch, capsys):
+    """Whatever is told to be saved is."""
+    log = loop._log
+
+    def late(updaters, *rest):
+        if updaters[-1].update_count == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(updaters, *rest)
+
+    monkeypatch.setattr(loop, "_log", late)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", log_every=2, save_every=5)
+    told = capsys.readouterr().out
+    (update,) = [n for n in range(1, 13) if f"stopped after update {n} of 12" in told]
+    assert (tmp_path / "run" / f"checkpoint-{update:07d}").is_dir()

@@ -249,7 +249,7 @@ class Updater:
         }
         if self.tolerance:
             row["dropped"] = int(distributed.total(self.dropped))
-        for name, values in self.sums.items():
+        for name, values in sorted(self.sums.items()):  # in one order in all processes
             row[f"{name}_quarters"] = [round(v, 6) for v in (distributed.total(values) / samples).tolist()]
         self.start_log()
         return {self.name + key: value for key, value in row.items()}
@@ -284,7 +284,7 @@ class Updater:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value
         sums = {"loss_sum": self.loss_sum, "samples": self.samples, "dropped": self.dropped}
-        sums |= {f"sums/{name}": value for name, value in self.sums.items()}
+        sums |= {f"sums/{name}": value for name, value in sorted(self.sums.items())}
         tensors |= {name: distributed.total(value) for name, value in sums.items()}
         return {self.name + name: tensor for name, tensor in tensors.items()}
 
@@ -365,7 +365,8 @@ def run(
             n = main.update_count
             last = n == options.updates
             saving = last or n % options.save_every == 0
-            stopping = interruption.asked(n) and not saving
+            asked = interruption.asked(n)  # once: a signal may come while this update is logged
+            stopping = asked and not saving
             if n % WATCH_EVERY == 0 or saving or stopping:
                 for updater in updaters:
                     updater.check_finite()
@@ -382,7 +383,7 @@ def run(
                 logged_time += time.perf_counter() - paused
             if stopping:
                 _save(updaters, batches, options, name, best, writer)
-            if interruption.asked(n) and not last:
+            if asked and not last:
                 distributed.first(writer.finish)
                 bar.close()
                 if distributed.is_first():
