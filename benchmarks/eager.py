@@ -33,6 +33,12 @@ def affine_update(
     return out
 
 
+def guided_step(z, v_cond, v_uncond, guidance, angle_from, angle_to) -> Tensor:
+    v = (1 + _wide(guidance)) * v_cond - _wide(guidance) * v_uncond
+    delta = _wide(angle_from - angle_to)
+    return torch.cos(delta) * z - torch.sin(delta) * v
+
+
 def add_noise(x, angle, *, seed, sample_ids, step) -> tuple[Tensor, Tensor]:
     noise = torch.randn_like(x)
     return _wide(torch.cos(angle)) * x + _wide(torch.sin(angle)) * noise, noise
@@ -80,5 +86,14 @@ def randn(shape, *, seed, sample_ids, step, device) -> Tensor:
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (affine_update, add_noise, affine_regression_loss, sid_generator_loss, group_norm, attention, randn)
+    for function in (
+        affine_update,
+        guided_step,
+        add_noise,
+        affine_regression_loss,
+        sid_generator_loss,
+        group_norm,
+        attention,
+        randn,
+    )
 }

@@ -115,6 +115,7 @@ def _image_cases(preset: str, batch: int, shape: tuple[int, ...], dtype: torch.d
 
     step = {"guided": True, "clip": 1.0}
     cases = [
+        case("guided_step", "guided_step", _guided_step),
         case("update", "affine_update", _update, guided=True),
         case("update+clip", "affine_update", _update, **step),
         case("update+clip+noise", "affine_update", _update, noise=True, **step),
@@ -208,6 +209,12 @@ def _update(shape, dtype, batch, device, *, guided=False, clip=None, noise=False
     if noise:
         arguments |= _coefficients(batch, device, "coef_noise") | _stream(batch, device)
     return arguments
+
+
+def _guided_step(shape, dtype, batch, device) -> dict:
+    image = partial(_image, batch, shape, device=device)
+    numbers = _coefficients(batch, device, "guidance", "angle_from", "angle_to")
+    return {"z": image(torch.float32), "v_cond": image(dtype), "v_uncond": image(dtype)} | numbers
 
 
 def _loss(shape, dtype, batch, device, *, target, terms=2) -> dict:

@@ -2,8 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/fused/report.py
 
-The least: each input read once, each result written once; parameters of a few bytes a sample or channel do not count
-there, but what the kernels read of them does here.
+The least: each input read once, each result written once.
 """
 
 import os
@@ -31,7 +30,7 @@ def image(*shape, dtype=HALF, seed=0):
 def row(name, operation, inputs, floor, backward_floor=None, images=None):
     """Run forward (without gradients if there is no backward floor) and print what moved over the floors, in bytes.
 
-    images: the names of arguments that are shown alone too.
+    images: name of an argument -> its bytes; these are shown alone too, over their own floor.
     """
     with traffic() as forward, torch.set_grad_enabled(backward_floor is not None):
         out = operation()
@@ -44,8 +43,8 @@ def row(name, operation, inputs, floor, backward_floor=None, images=None):
     for seen, least in counts:
         cells.append(f"{seen.total() / least:.3f}")
         if images is not None:
-            alone = sum(seen.read[key] + seen.written[key] for key in images)
-            cells[-1] += f" ({alone / least:.3f})"
+            alone = {key: seen.read[key] + seen.written[key] for key in images}
+            cells[-1] += f" ({sum(alone.values()) / sum(images[key] for key in alone if alone[key]):.3f})"
     print(f"| {name} | {cells[0]} | {cells[1] if len(cells) > 1 else ''} |", flush=True)
 
 
@@ -85,11 +84,14 @@ def norms():
             kernels.group_norm(x, 32, weight, bias, scale=scale, shift=shift, silu=True)
         path = "one pass" if len(probe.kernels) == 1 else "split"
         options = {"scale": scale, "shift": shift, "silu": True}
+        small = sum(t.numel() * t.element_size() for t in (weight, bias, scale, shift))
+        statistics = 2 * 4 * 32
         with few_programs():
             row(
                 f"group norm, scale, shift, SiLU {channels}@{side}, {path} (images alone)",
                 partial(kernels.group_norm, x, 32, weight, bias, **options), (x, weight, bias, scale, shift),
-                4 * x.numel(), 6 * x.numel(), images=("x", "y", "dx", "dy"),
+                4 * x.numel() + small + statistics, 6 * x.numel() + 2 * small + statistics,
+                images=dict.fromkeys(("x", "y", "dx", "dy"), 2 * x.numel()),
             )  # fmt: skip
 
 
