@@ -1,26 +1,30 @@
 """What a training iteration costs beyond its network calls: `python -m benchmarks.bench_loop`.
 
 Updates of a teacher and, by themselves, the forward and backward pass and the optimizer's step that they consist of;
-iterations of SiD and the network calls that they consist of. They alternate; prints ratios of medians. Fails where one
-is too large.
+iterations of SiD and the network calls that they consist of; updates with a save before them, and without. They
+alternate; prints ratios of medians. Fails where one is too large.
 """
 
 import copy
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastdiff import data, distill
+from fastdiff import checkpoint, data, distill
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.unet import PRESETS
 from train import loop, sid, teacher
 
-MOST = {"teacher": 1.03, "sid": 1.1}
+MOST = {"teacher": 1.03, "sid": 1.1, "save": 1.02}
 TRIALS = 30
+SAVE_EVERY = 1000  # updates
+UPDATES_AFTER = 50  # a save, during which it is written
+SAVES = 5
 BATCH = 128
 
 
@@ -97,6 +101,31 @@ def ratio(whole, alone, device: torch.device) -> float:
     return statistics.median(times[whole][3:]) / statistics.median(times[alone][3:])
 
 
+def save_ratio(denoiser: Denoiser, device: torch.device) -> float:
+    """Time of SAVE_EVERY updates of a teacher with one save ÷ without.
+
+    The save is followed by updates while a thread writes it, so that what the thread takes from them counts too.
+    """
+    with tempfile.TemporaryDirectory() as folder, checkpoint.Writer() as writer:
+        options = teacher.Options(out=Path(folder), batch_size=BATCH, device=str(device), ema=0.999)
+        updater = loop.Updater(options, copy.deepcopy(denoiser), partial(distill.teacher, label_drop=0.1))
+        batches = loop.ImageBatches(data.load("digits"), options, 0, device)
+        times = {True: [], False: []}
+        for trial in range(2 * SAVES + 2):
+            saving = trial % 2 == 0
+            _wait(device)
+            start = time.perf_counter()
+            if saving:
+                loop.save([updater], batches, options, "teacher", None, writer)
+            for _ in range(UPDATES_AFTER):
+                loop.update_alone(updater, [updater], next(batches))
+            writer.finish()
+            _wait(device)
+            times[saving].append(time.perf_counter() - start)
+    plain, with_save = (statistics.median(times[saving][1:]) for saving in (False, True))
+    return 1 + max(0.0, with_save - plain) / (plain / UPDATES_AFTER * SAVE_EVERY)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -109,10 +138,14 @@ def main() -> None:
     found = {
         "teacher": ratio(*teacher_update(denoiser, device), device),
         "sid": ratio(*sid_iteration(denoiser, device), device),
+        "save": save_ratio(denoiser, device),
     }
-    what = {"teacher": "its passes and optimizer step", "sid": "its network calls"}
+    what = {
+        "teacher": "an update as its passes and optimizer step alone", "sid": "an iteration as its network calls alone",
+        "save": f"{SAVE_EVERY} updates with a save as without",
+    }  # fmt: skip
     for name, value in found.items():
-        print(f"{name}: {value:.3f} times as long as {what[name]} alone (batch {BATCH}, {device}); limit {MOST[name]}")
+        print(f"{name}: {value:.4f} times as long {what[name]} (batch {BATCH}, {device}); limit {MOST[name]}")
     sys.exit(any(value > MOST[name] for name, value in found.items()))
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU in one call of under 8 minutes:  benchmarks/gpu_session.sh [--dry-run] [DIR]
-# Tests the kernels, measures where our attention beats PyTorch's, and times every benchmark against eager PyTorch,
-# torch.compile and SDPA. DIR (results) gets CSV rows, the attention table, the prediction and a log of each part.
+# Everything that needs a GPU in one call of at most 8 minutes:  benchmarks/gpu_session.sh [--dry-run] [DIR]
+# Tests the kernels and CUDA graphs, measures where our attention beats PyTorch's, and times every benchmark against
+# eager PyTorch, torch.compile and SDPA, and sampling with graphs against sampling without. DIR (results) gets CSV rows,
+# the attention table, the prediction and a log of each part.
 # --dry-run goes through all parts without a GPU, in Triton's interpreter on tiny shapes, in under 2 minutes.
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -14,14 +15,15 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 out=${1:-results}
+together=(tests/test_graph.py tests/test_recipes.py::test_an_update_never_waits_for_the_device)
 
 if [ -n "$dry_run" ]; then
     echo "DRY RUN in Triton's interpreter on tiny shapes: no time below says anything about a GPU"
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= tiny=--tiny
-    tests=(tests/fused/test_shim.py)
+    tests=(tests/fused/test_shim.py "${together[@]}")
 elif "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     tiny=
-    tests=(tests/fused)
+    tests=(tests/fused "${together[@]}")
 else
     echo "gpu_session.sh: PyTorch sees no GPU here; run it where there is one, or try its parts with --dry-run" >&2
     exit 2
@@ -48,8 +50,9 @@ part tests 140 "$PYTHON" -m pytest "${tests[@]}"
 part attention 60 "$PYTHON" -m benchmarks.attention_table --out "$out/attention.json" $tiny
 export FASTDIFF_ATTENTION_TABLE=$out/attention.json # from here on attention chooses by what was measured
 bench=("$PYTHON" -m pytest -o 'python_files=bench_*.py' --benchmark-only --benchmark-columns=median --results "$out" $tiny)
-part kernels 150 "${bench[@]}" benchmarks/bench_kernels.py
-part unet 90 "${bench[@]}" benchmarks/bench_unet.py
+part sampling 40 "${bench[@]}" benchmarks/bench_graph.py
+part kernels 135 "${bench[@]}" benchmarks/bench_kernels.py
+part unet 75 "${bench[@]}" benchmarks/bench_unet.py
 
 echo "results in $out: $(ls "$out" | tr '\n' ' ')"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -84,7 +84,7 @@ class Writer:
     def wait(self) -> bool:
         """Wait for the write under way; returns whether the last one succeeded, and warns if it just failed."""
         if self._has_failed():
-            _warn(f"{self.failure}; training goes on, and the next save tries again")
+            warn(f"{self.failure}; training goes on, and the next save tries again")
         return self.failure is None
 
     def finish(self) -> None:
@@ -174,6 +174,18 @@ def verify(folder: str | Path) -> None:
         (_read_json if name.endswith(".json") else _read_tensors)(folder / name)
 
 
+def remove(run: Path, folders: Iterable[Path]) -> None:
+    """Remove some of a run's numbered checkpoints, and what killed saves and removals left.
+
+    They are hidden first, so that none of which a kill leaves a part is taken for a damaged one.
+    """
+    for folder in folders:
+        with suppress(OSError):
+            folder.rename(_beside(folder, "removed"))
+    for path in run.glob(f".{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +223,7 @@ def _newest(run: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
             damages.append(error.what)
             continue
         for what in damages:
-            _warn(f"{what}: using {folder} instead")
+            warn(f"{what}: using {folder} instead")
         return folder, made
     if damages:
         raise UserError(
@@ -389,10 +401,9 @@ def _put_back(folder: Path) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    """Leave `keep` numbered checkpoints up to this one, and nothing of saves that were killed."""
+    """Leave `keep` numbered checkpoints up to this one."""
     until = [path for path in numbered(folder.parent) if _number(path) <= _number(folder)]
-    for path in (*until[:-keep], *folder.parent.glob(f".{PREFIX}*")):
-        shutil.rmtree(path, ignore_errors=True)
+    remove(folder.parent, until[:-keep])
 
 
 def _number(folder: Path) -> int:
@@ -423,5 +434,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Tell something on stderr in one line."""
     tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar

@@ -6,8 +6,8 @@ import itertools
 import runpy
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, make_dataclass
-from typing import Any
+from dataclasses import make_dataclass
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -77,7 +77,7 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
 
 def _with_defaults(options: type, values: Mapping[str, Any]) -> type:
     """A subclass with other defaults, so that required options stay required and --help tells the preset's values."""
-    known = {field.name: field.type for field in fields(options)}
+    known = get_type_hints(options, include_extras=True)  # their names need not be known where the subclass is
     return make_dataclass(
         options.__name__, [(key, known[key], value) for key, value in values.items()],
         bases=(options,), frozen=True, kw_only=True, namespace={"__module__": options.__module__},

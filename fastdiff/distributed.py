@@ -6,6 +6,7 @@ torchrun there is one process, and nothing here does anything.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 
@@ -33,6 +34,7 @@ def start() -> None:
 
 def stop() -> None:
     if dist.is_initialized():
+        gc.collect()  # sharded networks refer to the group, which must not outlive this in them
         dist.destroy_process_group()
 
 
@@ -121,6 +123,58 @@ def share(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+# --- Networks of which each process keeps a part (FSDP2) -----------------------------------------------------------
+
+
+def shard(network: nn.Module) -> None:
+    """Leave each process a part of each parameter; the whole of a stage exists only while it computes.
+
+    Gradients are then averaged in the backward pass, and each process keeps those of its part. The network cannot be
+    copied any more.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(network.parameters()).device.type, (world_size(),))
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+    stages = [stage for several in network.modules() if isinstance(several, nn.ModuleList) for stage in several]
+    for module in (*stages, network):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # or else sampling would leave the root whole
+
+
+def average_next_gradients(network: nn.Module, wanted: bool) -> None:
+    """Whether a sharded network's next backward pass averages gradients, or only adds to them in each process."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(wanted)
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    if world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, in all processes; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A value that all processes have, sharded as `tensor` is."""
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def first(action: Callable[[], T]) -> T | None:

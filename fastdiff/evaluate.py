@@ -14,6 +14,7 @@ from torch import nn
 from fastdiff import cli, data, distributed, metrics
 from fastdiff.denoiser import require_fit
 from fastdiff.errors import UserError
+from fastdiff.precision import choose
 from fastdiff.sample import SamplingOptions, check_guidance, check_output, generate
 
 
@@ -44,6 +45,7 @@ class Reference:
 def evaluate(
     model: nn.Module, reference: Reference, *, name: str, guidance: float, steps: int, num: int, sampler: str = "ddim",
     variance: float = 0.3, seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
+    graph: bool = False,
 ) -> dict:  # fmt: skip
     """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
     labels = None
@@ -53,7 +55,7 @@ def evaluate(
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
     chunks = generate(
         model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, variance=variance, seed=seed,
-        batch_size=batch_size, clip=clip, precision=precision,
+        batch_size=batch_size, clip=clip, precision=precision, graph=graph,
     )  # fmt: skip
     while True:
         start = time.perf_counter()
@@ -121,12 +123,12 @@ def main(options: Options) -> None:
     distributed.first(lambda: check_output(options.out, options.overwrite, file=True))
     require_fit(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
-    rows = []
+    precision, rows = choose(options.precision, model, batch_size=min(options.num, options.batch_size)), []
     for guidance in options.guidance:
         rows.append(evaluate(
             model, reference, name=str(options.checkpoint), guidance=guidance, steps=steps, num=options.num,
             sampler=sampler, variance=options.variance, seed=options.seed, batch_size=options.batch_size,
-            clip=options.clip, precision=options.precision,
+            clip=options.clip, precision=precision, graph=options.graph,
         ))  # fmt: skip
         if distributed.is_first():
             print(json.dumps(rows[-1]))

@@ -144,7 +144,8 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
     if accuracy is None:
         accuracy = _train(network, train, test)
         _write(path, network, accuracy)
-    return Extractor(f"classifier1/{train.name}", network.eval().to(device), accuracy)
+    network.eval().to(device, memory_format=torch.channels_last)  # as it was trained: others round otherwise
+    return Extractor(f"classifier1/{train.name}", network, accuracy)
 
 
 def _train_and_test(spec: str, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:

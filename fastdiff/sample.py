@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,10 @@ from tqdm import tqdm
 
 import kernels
 from fastdiff import checkpoint, cli, data, distributed, figures, samplers
-from fastdiff.denoiser import Denoiser, with_guidance
+from fastdiff.denoiser import Denoiser, Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.graph import Captured
+from fastdiff.precision import Precision, autocast, choose
 from fastdiff.schedule import CosineSchedule
 
 SAMPLERS = {
@@ -36,7 +37,7 @@ INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later str
 def generate(
     model: nn.Module, *, num: int, labels: Tensor | None = None, noise_ids: Tensor | None = None,
     guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", variance: float = 0.3, seed: int = 0,
-    batch_size: int = 256, clip: bool = True, precision: str = "fp32",
+    batch_size: int = 256, clip: bool = True, precision: str = "fp32", graph: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
@@ -44,7 +45,8 @@ def generate(
 
     labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
     int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
-    variance: the ancestral sampler's γ. clip: limit x̂ to [−1, 1] in every step.
+    variance: the ancestral sampler's γ. clip: limit x̂ to [−1, 1] in every step. graph: replay the loop of all steps
+    as one CUDA graph, from the second chunk on (`graph.Captured`); raises ValueError where the model is on no GPU.
     """
     draw = SAMPLERS[sampler]
     if sampler == "ancestral":
@@ -55,21 +57,25 @@ def generate(
     ids = torch.arange(num) if noise_ids is None else noise_ids
     if labels is None and model.num_classes:
         labels = torch.arange(num) % model.num_classes
+
+    def images_of(sample_ids: Tensor, label: Tensor | None, w: Tensor | None) -> Tensor:
+        """A batch, from its noise on; nothing here may wait for the device or need the host's memory."""
+        shape = (len(sample_ids), *model.image_shape)
+        noise = kernels.randn(shape, seed=seed, sample_ids=sample_ids, step=INITIAL_NOISE, device=device)
+        with autocast(precision, device):
+            return draw(
+                model, noise.contiguous(memory_format=torch.channels_last), label, w, steps,
+                schedule=model.schedule, clip=1.0 if clip else None, seed=seed, sample_ids=sample_ids,
+            )  # fmt: skip
+
+    if graph:
+        images_of = Captured(images_of, model.denoiser if isinstance(model, Guided) else model, device)
     for start in range(0, num, batch_size):
         part = distributed.part(torch.arange(start, min(start + batch_size, num)))
         here = ids[part].to(device)
-        noise = kernels.randn(
-            (len(here), *model.image_shape), seed=seed, sample_ids=here, step=INITIAL_NOISE, device=device
-        )
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            images = draw(
-                model, noise.contiguous(memory_format=torch.channels_last),
-                None if labels is None else labels[part].to(device),
-                guidance[part] if isinstance(guidance, Tensor) else guidance, steps,
-                schedule=model.schedule, clip=1.0 if clip else None, seed=seed, sample_ids=here,
-            )  # fmt: skip
-        images = distributed.gather(images, min(batch_size, num - start))
-        yield images  # outside of autocast, which would otherwise reach the caller
+        w = samplers.as_guidance(guidance[part] if isinstance(guidance, Tensor) else guidance, here)
+        images = images_of(here, None if labels is None else labels[part].to(device), w)
+        yield distributed.gather(images, min(batch_size, num - start))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +99,11 @@ class SamplingOptions:
     batch_size: int = 256
     """Images at a time; the images do not depend on it."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    """bf16: autocast of the network; auto: bf16 where it is found to be faster and within 2e-2 of fp32."""
+    graph: bool = False
+    """Record the whole loop of a batch as one CUDA graph and replay it for those that follow: for batches too small to
+    keep a GPU busy. Not measured yet."""
     overwrite: bool = False
     """Replace the output if it is there already."""
 
@@ -106,6 +116,8 @@ class SamplingOptions:
         if not 0 <= self.variance <= 1:
             raise UserError(f"--variance must be in [0, 1], got {self.variance}")
         check_device(self.device)
+        if self.graph and self.device == "cpu":
+            raise UserError(f"--graph needs a CUDA device; --device is {self.device}: leave the option out")
         denoiser = checkpoint.load(self.checkpoint, device=self.device)
         trained, sampler = denoiser.config.steps, denoiser.config.sampler
         if denoiser.config.kind == "encoder":
@@ -155,6 +167,7 @@ def main(options: Options) -> None:
     distributed.first(lambda: _prepare(options, is_grid))
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
     labels = _labels(options, model.num_classes)[ids] if model.num_classes or options.labels else None
+    precision = choose(options.precision, model, batch_size=min(num, options.batch_size))
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
     bar = tqdm(
@@ -163,7 +176,7 @@ def main(options: Options) -> None:
     for images in generate(
         model, num=num, labels=labels, noise_ids=ids, guidance=guidance, steps=steps, sampler=sampler,
         variance=options.variance, seed=options.seed, batch_size=options.batch_size, clip=options.clip,
-        precision=options.precision,
+        precision=precision, graph=options.graph,
     ):  # fmt: skip
         if not distributed.is_first():
             continue

@@ -182,12 +182,15 @@ def velocity(model: Model, z: Tensor, angle: Tensor, label: Tensor | None, guida
 
 
 def as_guidance(guidance: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """(B,) float32 on like's device, or None where all of it is 0: then a guided model makes one call, not two."""
+    """(B,) float32 on like's device, or None where all of it is 0: then a guided model makes one call, not two.
+
+    Only numbers and tensors on the CPU are looked at; any other device would have to be waited for.
+    """
     if guidance is None or (not isinstance(guidance, Tensor) and guidance == 0):
         return None
     if not isinstance(guidance, Tensor):
         return torch.full(like.shape[:1], float(guidance), device=like.device)
-    if not guidance.is_meta and not guidance.any():
+    if guidance.is_cpu and not guidance.any():
         return None
     return guidance.to(like.device, torch.float32)
 

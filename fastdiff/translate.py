@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from fastdiff import checkpoint, cli, data, figures, samplers
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.precision import Precision, autocast, choose
 from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image, warn
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -48,7 +47,8 @@ class Options:
     """Limit the predicted image to [−1, 1] in every decoding step."""
     batch_size: int = 256
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    """bf16: autocast of the networks; auto: bf16 where it is found to be faster and within 2e-2 of fp32, for both."""
     out: Path = Path("translated")
     """Folder for the pictures, one a picture and w, strip.png with all of them, and report.json."""
     overwrite: bool = False
@@ -75,7 +75,7 @@ class Pair:
         """
         device = next(self.encoder.parameters()).device
         translated = []
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with autocast(precision, device):
             for start in range(0, len(images), batch_size):
                 part = slice(start, start + batch_size)
                 here, there = (None if label is None else label[part].to(device) for label in (source, target))
@@ -110,7 +110,9 @@ def main(options: Options) -> None:
     source, target = (
         None if label is None else torch.full((len(files),), label) for label in (options.from_label, options.to_label)
     )
-    how = {"clip": options.clip, "batch_size": options.batch_size, "precision": options.precision}
+    batch_size = options.batch_size
+    precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
+    how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
     columns, rows = [pictures], []
     for w in options.guidance:
         columns.append(pair.translate(pictures, source, target, w, **how))

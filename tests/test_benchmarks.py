@@ -175,9 +175,9 @@ def test_dry_session_goes_through_all_parts(tmp_path):
     ended = session("--dry-run", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "DRY RUN" in ended.stdout
-    for name in ("prediction", "tests", "attention", "unet", "kernels"):
+    for name in ("prediction", "tests", "attention", "sampling", "unet", "kernels"):
         assert f"{name}: done" in ended.stdout
     with (tmp_path / "benchmarks.csv").open() as file:
         contenders = {row["contender"] for row in csv.DictReader(file)}
-    assert contenders == {"fastdiff", "eager", "compile", "sdpa"}
+    assert contenders == {"fastdiff", "graph", "eager", "compile", "sdpa"}
     assert (tmp_path / "attention.json").exists() and (tmp_path / "prediction.json").exists()

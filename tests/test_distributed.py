@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ ROUNDS = ["--start-steps", "4", "--end-steps", "1", "--updates", "2", "--last-up
 
 
 def launch(processes: int, *arguments) -> None:
-    command = [sys.executable, "-m"] if processes == 1 else [*LAUNCH, str(processes), "-m", "--"]
+    module = ["-m"] if not str(arguments[0]).endswith(".py") else []
+    command = [sys.executable, *module] if processes == 1 else [*LAUNCH, str(processes), *module, "--"]
     done = subprocess.run(
         [*command, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -80,12 +82,75 @@ def test_four_processes_begin_and_two_go_on(alone, tmp_path):
 )
 def test_two_processes_distil_as_one_does(alone, student, tmp_path, recipe):
     of = student if recipe[0] in ("train.stage2", "train.encoder", "train.sid") else alone
-    for processes in (1, 2):
-        launch(processes, *recipe, *COMMON, "--teacher", of, "--out", tmp_path / str(processes))
-    assert_alike(tmp_path / "2", tmp_path / "1")
+    for name, processes, options in ("one", 1, ()), ("two", 2, ()), ("sharded", 2, ("--shard", "--shard-teacher")):
+        launch(processes, *recipe, *COMMON, *options, "--ema", 0.5, "--teacher", of, "--out", tmp_path / name)
+    for name in ("two", "sharded"):
+        assert_alike(tmp_path / name, tmp_path / "one")
     if recipe[0] == "train.sid":
-        scores = [json.loads((tmp_path / name / "scores.jsonl").read_text()) for name in "12"]
-        assert scores[0]["fd"] == pytest.approx(scores[1]["fd"], rel=1e-2)
+        scores = [json.loads((tmp_path / name / "scores.jsonl").read_text()) for name in ("one", "two", "sharded")]
+        assert [score["fd"] for score in scores] == pytest.approx([scores[0]["fd"]] * 3, rel=1e-2)
+
+
+def test_sharded_processes_begin_and_others_go_on(alone, tmp_path):
+    """One checkpoint, whether it was written by processes that share a network, have a copy each, or by one."""
+    teacher = ["train.teacher", *COMMON, *TINY, "--out", tmp_path / "run", "--save-every", 3]
+    launch(4, *teacher, "--updates", 3, "--shard", "--accumulate", 2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    launch(1, *teacher, "--updates", 6, "--resume", "--accumulate", 2)
+    launch(2, *teacher, "--updates", 6, "--resume", "--accumulate", 2, "--shard", "--out", tmp_path / "copy")
+    for name in ("run", "copy"):
+        assert_alike(tmp_path / name, alone)
+
+
+SHARES = """
+import torch, train.loop as loop
+from fastdiff import distributed
+from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.distill import Batch
+from fastdiff.unet import UNetConfig
+
+
+def main():
+    torch.manual_seed(distributed.rank())
+    loss = lambda model, batch: model(batch.x, torch.ones(2)).square().mean((1, 2, 3))
+    denoiser = Denoiser(DenoiserConfig(UNetConfig(image_channels=1, image_size=(8, 8), channels=16, head_width=None)))
+    total = sum(p.numel() for p in denoiser.parameters())
+    options = loop.LoopOptions(out=None, device="cpu", shard=True, ema=0.9, batch_size=4)
+    updater = loop.new_updater(options, denoiser, loss)
+    for _ in range(2):
+        updater.update(Batch(torch.ones(2, 1, 8, 8), None, torch.arange(2), 0))
+        held = {
+            "weights": list(denoiser.parameters()),
+            "average": list(updater.averaged.parameters()),
+            "moments": [t for p in denoiser.parameters() for t in updater.optimizer.state[p].values() if t.ndim],
+        }
+        for name, tensors in held.items():
+            here = sum(distributed.local(t).numel() for t in tensors)
+            assert here < 0.52 * total * (2 if name == "moments" else 1), (name, here, total)
+        with torch.no_grad():
+            updater.averaged(torch.ones(1, 1, 8, 8), torch.ones(1))
+    whole = updater.model()
+    assert sum(p.numel() for p in whole.parameters()) == total
+    sums = torch.stack([p.detach().double().sum() for p in whole.parameters()])
+    assert torch.equal(distributed.total(sums), 2 * sums)
+
+
+distributed.start()
+main()
+distributed.stop()
+"""
+
+
+def test_each_of_two_processes_holds_half(tmp_path):
+    (tmp_path / "shares.py").write_text(SHARES)
+    launch(2, tmp_path / "shares.py")
+
+
+def test_one_process_has_nothing_to_split_over(tmp_path):
+    command = [sys.executable, "-m", "train.teacher", *COMMON, *TINY, "--out", tmp_path / "run", "--shard"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "--shard splits networks over several processes, and this is one" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_make_the_same_pictures(alone, tmp_path):

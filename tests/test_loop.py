@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 
@@ -264,8 +265,9 @@ def test_log_pictures_and_checkpoints(tmp_path, monkeypatch):
     for row in rows:
         assert set(row) == {
             "run", "update", "images", "kimg", "loss", "loss_quarters", "grad_norm", "lr", "images_per_second", "time",
+            "memory_gb",
         }  # fmt: skip
-        assert row["run"] == "run" and row["images"] == 16 * row["update"]
+        assert row["run"] == "run" and row["images"] == 16 * row["update"] and 0.05 < row["memory_gb"] < 100
         assert 0 < row["loss"] < 2 and row["grad_norm"] > 0 and row["images_per_second"] > 0
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-0000008", "checkpoint-0000010"]
@@ -332,6 +334,46 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, case):
     assert states[0][0] == states[1][0]
     assert states[0][1].keys() == states[1][1].keys()
     assert all(torch.equal(value, states[1][1][key]) for key, value in states[0][1].items())
+
+
+def test_a_loss_may_draw_from_any_generator(tmp_path):
+    """Python's, NumPy's (both keep a second normal for the next call) and PyTorch's go on where they were."""
+
+    def draw(model, batch):
+        weight = random.gauss(1, 0.1) + np.random.normal(0, 0.1) + float(torch.randn(()))
+        return teacher_loss(model, batch) * weight
+
+    def seed():
+        random.seed(1), np.random.seed(2), torch.manual_seed(3)
+
+    updates = iter(range(10**6))
+
+    def stopped(model, batch):
+        if next(updates) == 7:
+            raise KeyboardInterrupt
+        return draw(model, batch)
+
+    seed()
+    whole = fit(tmp_path / "whole", loss=draw, save_every=3)
+    seed()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", loss=stopped, save_every=3)
+    random.seed(4), np.random.seed(5)
+    continued = fit(tmp_path / "parts", loss=draw, resume=True, save_every=3)
+    assert_same_weights(whole, continued, atol=0, rtol=0)
+
+
+def test_a_batch_that_was_made_ahead_is_not_skipped():
+    ahead = loop.ImageBatches(DATASET, make_options("nowhere"), 7, torch.device("cpu"))
+    plain = data.Batches(DATASET, 16, seed=7)
+    for position in range(3):
+        assert ahead.state() == plain.state()
+        assert torch.equal(next(ahead).sample_ids, next(plain).sample_ids), position
+    state = ahead.state()
+    following = next(ahead).sample_ids
+    next(ahead)
+    ahead.restore(state)
+    assert ahead.state() == state and torch.equal(next(ahead).sample_ids, following)
 
 
 def test_the_log_after_resuming_is_that_of_a_run_that_was_not_stopped(tmp_path):

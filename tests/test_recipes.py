@@ -42,9 +42,9 @@ ARCHITECTURE = UNetConfig(
 KINDS = [("v", schedule.CosineSchedule()), ("eps", schedule.LinearBetaSchedule()), ("edm", schedule.KarrasSchedule())]
 
 
-def meta_models(parameterization, chosen):
+def models_on(device, parameterization, chosen):
     """A teacher, a stage-1 student and a stage-2 student; only their construction is told the device."""
-    with META:
+    with device:
         made = Denoiser(DenoiserConfig(ARCHITECTURE, chosen, parameterization))
         first = stage1.student_of(made, (0.0, 4.0))
         second = stage1.student_of(made, (0.0, 4.0))
@@ -52,38 +52,65 @@ def meta_models(parameterization, chosen):
     return made, first, second
 
 
-def meta_batch():
+def batch_on(device):
     ids = torch.arange(8)
-    return loop.to_device(data.Batch(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), ids % 10, ids), 10, 1, META)
+    return loop.to_device(data.Batch(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), ids % 10, ids), 10, 1, device)
 
 
 def test_a_batch_moves_to_its_device():
-    batch = meta_batch()
+    batch = batch_on(META)
     assert batch.x.device == batch.label.device == batch.sample_ids.device == META
     assert batch.x.dtype == torch.float32 and batch.x.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; on the meta device every wait raises, too"
+))])  # fmt: skip
+def where_waiting_raises(request):
+    """A device: one without values, or CUDA told to raise when it is waited for."""
+    device = torch.device(request.param)
+    yield device
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(
-    ("recipe", "kind"), [("teacher", 0), ("teacher", 2), ("stage1", 1), ("stage2", 0), ("stage2", 2)]
-)
-def test_an_update_never_waits_for_the_device(recipe, kind, tmp_path):
-    made, first, second = meta_models(*KINDS[kind])
+    ("recipe", "kind"),
+    [
+        ("teacher", 0), ("teacher", 2), ("stage1", 1), ("stage2", 0), ("stage2", 2), ("stochastic", 0), ("encoder", 0),
+        ("two_student", 1),
+    ],
+)  # fmt: skip
+def test_an_update_never_waits_for_the_device(where_waiting_raises, recipe, kind, tmp_path):
+    device = where_waiting_raises
+    made, first, second = models_on(device, *KINDS[kind])
     limits = (0.0, 4.0)
+    rounds_of = {"steps": 4, "guidance_range": limits}
     model, loss = {
         "teacher": (made, lambda model, batch: distill.teacher(model, batch)),
         "stage1": (first, lambda model, batch: distill.stage1(model, Guided(made), batch, guidance_range=limits)),
-        "stage2": (second, lambda model, batch: distill.stage2(model, first, batch, steps=4, guidance_range=limits)),
-    }[recipe]
+        "stage2": (second, lambda model, batch: distill.stage2(model, first, batch, **rounds_of)),
+        "stochastic": (
+            second, lambda model, batch: distill.stage2(model, first, batch, sampler="stochastic", **rounds_of),
+        ),
+        "encoder": (second, lambda model, batch: distill.encoder(model, first, batch, **rounds_of)),
+        "two_student": (made, lambda model, batch: distill.two_student(model, made, batch, steps=4, guidance=1.0)),
+    }[recipe]  # fmt: skip
     options = loop.LoopOptions(out=tmp_path, batch_size=8, accumulate=2, ema=0.999, clip_norm=1.0, weight_decay=0.1)
     updater = loop.Updater(options, model, loss)
-    updater.update(meta_batch())
-    assert updater.update_count == 1
-    assert {value.device for value in (updater.loss_sum, updater.grad_norm, updater.first_bad)} == {META}
+    batch = batch_on(device)
+    if device.type == "cuda":
+        updater.update(batch)  # compiles and chooses
+        torch.cuda.set_sync_debug_mode("error")
+    before = updater.update_count
+    updater.update(batch)
+    assert updater.update_count == before + 1
+    assert {value.device.type for value in (updater.loss_sum, updater.grad_norm, updater.first_bad)} == {device.type}
 
 
 @pytest.mark.parametrize(("parameterization", "chosen"), KINDS, ids=lambda value: str(value)[:6])
 def test_a_sampler_step_never_waits_for_the_device(parameterization, chosen):
-    made, _, second = meta_models(parameterization, chosen)
+    made, _, second = models_on(META, parameterization, chosen)
     for model, guidance in [(Guided(made), 1.0), (Guided(made), torch.ones(4, device=META)), (second, 1.0)]:
         images = next(generate(model, num=4, guidance=guidance, steps=1))
         assert images.device == META and images.shape == (4, 3, 16, 16) and images.dtype == torch.float32

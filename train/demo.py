@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,6 +19,7 @@ from fastdiff import checkpoint, cli, data, distill, figures
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
+from fastdiff.precision import Precision
 from fastdiff.sample import check_device, generate, make_folder
 from train import loop, rounds, sid, stage1, stage2, teacher
 
@@ -46,7 +46,8 @@ class Options:
     num: int = 1024
     """Samples a score."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    """auto: bf16 where it is found to be faster and within 2e-2 of fp32, for all of the runs alike."""
     seed: int = 0
 
 
@@ -64,6 +65,8 @@ def main(options: Options) -> None:
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
     reference = Reference.load(spec, device=options.device)
+    recipe = _options(teacher, options, "teacher", data=spec, device=options.device, precision=options.precision)
+    options = replace(options, precision=teacher.settled_precision(recipe))
     models = train_all(options, spec, clock)
     print(f"[{clock}] scores")
     rows = score_all(options, models, reference)

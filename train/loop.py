@@ -7,6 +7,8 @@ import functools
 import json
 import os
 import platform
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,8 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -29,6 +31,7 @@ from fastdiff import checkpoint, data, distributed, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.distill import TIME, Batch
 from fastdiff.errors import UserError
+from fastdiff.precision import Choice, Precision, agreed, autocast, check
 from fastdiff.sample import check_device, generate, make_folder
 from fastdiff.unet import UNetConfig
 
@@ -49,6 +52,8 @@ MAY_CHANGE = {
     "dry_run",
     "out",
     "device",
+    "shard",
+    "shard_teacher",
 }
 RUN_FILES = (
     "config.json",
@@ -61,6 +66,7 @@ RUN_FILES = (
     "steps-*",
     ".*.writing",
     ".*.replaced",
+    ".*.removed",
 )
 
 QUARTERS = 4  # of the noise range, for each of which the loss is logged by itself
@@ -115,12 +121,17 @@ class LoopOptions:
     """Decay of the weights' moving average, which is then what is saved and sampled; 0: none."""
     dropout: float | None = None
     """Dropout of the trained network; None: as its architecture says."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the networks; weights, losses and sampler states stay float32."""
+    precision: Precision = "fp32"
+    """bf16: autocast of the networks; weights, losses and sampler states stay float32. auto: bf16 where it is found to
+    be faster and within 2e-2 of fp32; a run that goes on keeps what it has."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
     """torch.compile the trained network."""
+    shard: bool = False
+    """Split weights, gradients, moments and average of the trained networks over the processes (FSDP2)."""
+    shard_teacher: bool = False
+    """Split frozen teachers too, instead of a copy in each process."""
     save_every: int = 1000
     """Updates between checkpoints (and sample pictures); the last update is always saved."""
     keep: int = 2
@@ -153,6 +164,14 @@ class LoopOptions:
                 f"--batch-size {self.batch_size} does not divide into {parts} equal parts (--accumulate "
                 f"{self.accumulate}, {distributed.world_size()} processes)"
             )
+        for name in ("shard", "shard_teacher"):
+            if getattr(self, name) and distributed.world_size() == 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} splits networks over several processes, and this is one: start it by "
+                    "torchrun --nproc_per_node N, or leave the option out"
+                )
+        if self.shard and self.compile:
+            raise UserError("--shard does not go together with --compile: choose one")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: choose one")
         check_device(self.device)
@@ -171,9 +190,14 @@ class Updater:
     def __init__(self, options: LoopOptions, denoiser: Denoiser, loss: Loss, *, name: str = "", tolerance: float = 0.0):
         self.options, self.denoiser, self.loss = options, denoiser, loss
         self.name, self.tolerance = name, tolerance
+        distributed.share(denoiser.state_dict().values())
+        self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval() if options.ema else denoiser
+        if options.shard:
+            self.empty = copy.deepcopy(denoiser).to("meta")
+            for model in {denoiser, self.averaged}:
+                distributed.shard(model.network)
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval() if options.ema else denoiser
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
         self.optimizer = optimizer(
             self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay,
@@ -203,8 +227,9 @@ class Updater:
         self.denoiser.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        for part in _split(batch, options.accumulate):
-            with _autocast(options.precision, self.device):
+        for i, part in enumerate(_split(batch, options.accumulate), 1):
+            distributed.average_next_gradients(self.denoiser.network, i == options.accumulate)
+            with autocast(options.precision, self.device):
                 losses = self.loss(self.denoiser, part)
             losses, others = losses if isinstance(losses, tuple) else (losses, {})
             finite = torch.isfinite(losses.detach())
@@ -215,19 +240,24 @@ class Updater:
             loss = losses.mean() / options.accumulate
             loss.backward()
             self.loss_sum += loss.detach() / distributed.world_size()
-        distributed.average(parameter.grad for parameter in self.parameters)
+        if not options.shard:
+            distributed.average(parameter.grad for parameter in self.parameters)
         if self.tolerance:
-            for parameter in self.parameters:
-                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm or float("inf"))
+            for gradient in (distributed.local(parameter.grad) for parameter in self.parameters):
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm or float("inf"))
+        self.grad_norm = distributed.whole(norm)
         is_new = ~torch.isfinite(self.loss_sum + self.grad_norm) & (self.first_bad < 0)
         self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if options.ema:
             decay = min(options.ema, (1 + self.update_count) / (10 + self.update_count))
+            averages, weights = (
+                [distributed.local(p) for p in model.parameters()] for model in (self.averaged, self.denoiser)
+            )
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.denoiser.parameters()), 1 - decay)
+                torch._foreach_lerp_(averages, weights, 1 - decay)
         self.update_count += 1
 
     @torch.no_grad()
@@ -275,8 +305,17 @@ class Updater:
             self.dropped.zero_()
             self.watched_from = self.update_count
 
+    def model(self) -> Denoiser:
+        """The model to save and to use, whole in every process; all have to ask for it together."""
+        if not self.options.shard:
+            return self.averaged
+        model = copy.deepcopy(self.empty)
+        weights = {name: distributed.whole(p) for name, p in self.averaged.network.state_dict().items()}
+        model.network.load_state_dict(weights, assign=True)
+        return model.to(memory_format=torch.channels_last)
+
     def tensors(self) -> dict[str, Tensor]:
-        """What `restore` needs; all processes have to ask for it together."""
+        """What `restore` needs, in the first process; all have to ask for it together."""
         tensors = {f"weights/{name}": p for name, p in self.denoiser.network.state_dict().items()}
         if self.options.ema:
             tensors |= {f"ema/{name}": p for name, p in self.averaged.network.state_dict().items()}
@@ -286,7 +325,7 @@ class Updater:
         sums = {"loss_sum": self.loss_sum, "samples": self.samples, "dropped": self.dropped}
         sums |= {f"sums/{name}": value for name, value in sorted(self.sums.items())}
         tensors |= {name: distributed.total(value) for name, value in sums.items()}
-        return {self.name + name: tensor for name, tensor in tensors.items()}
+        return {self.name + name: _for_the_first(tensor) for name, tensor in tensors.items()}
 
     def counters(self) -> dict[str, int]:
         return {"update": self.update_count, "logged_at": self.logged_from, "watched_from": self.watched_from}
@@ -296,15 +335,15 @@ class Updater:
         self.update_count = counters["update"]
         self.logged_from = counters.get("logged_at", self.update_count)
         self.watched_from = counters.get("watched_from", self.update_count)
-        self.denoiser.network.load_state_dict(_under(tensors, "weights/"))
+        _load(self.denoiser.network, _under(tensors, "weights/"))
         if self.options.ema:
-            self.averaged.network.load_state_dict(_under(tensors, "ema/"))
+            _load(self.averaged.network, _under(tensors, "ema/"))
         for name, parameter in self.denoiser.network.named_parameters():
             state = _under(tensors, f"optimizer/{name}/")
             self.optimizer.state[parameter] = {
                 key: value.to(self.device if self.device.type == "cuda" else "cpu")
                 if key == "step"
-                else torch.empty_like(parameter).copy_(value)  # in the parameter's own memory layout
+                else _filled(torch.empty_like(parameter), value)  # in the parameter's own memory layout
                 for key, value in state.items()
             }
         if distributed.is_first():  # they are added up over the processes
@@ -320,6 +359,7 @@ def fit(denoiser: Denoiser, loss: Loss, dataset: data.Dataset, options: LoopOpti
     name: of this run within its folder, for logs, pictures and resuming; a new name starts at update 0.
     Raises UserError when the loss is not finite.
     """
+    options = settle_precision(options, denoiser)
     updater = new_updater(options, denoiser, loss)
     return run([updater], ImageBatches(dataset, options, run_seed(options.seed, name), updater.device), options, name)
 
@@ -344,11 +384,13 @@ def run(
     lowest "fd" is kept as `best`. Resumes where a run of this name was interrupted. Raises UserError.
     """
     main = updaters[-1]
+    seed = run_seed(options.seed, f"{name}/{distributed.rank()}")
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
     if not distributed.is_first():  # dropout differs between processes; all else is drawn by sample
-        torch.manual_seed(run_seed(options.seed, f"{name}/{distributed.rank()}") % 2**63)
-    for updater in updaters:
-        distributed.share(updater.denoiser.state_dict().values())
+        torch.manual_seed(seed % 2**63)
     best = _resume(updaters, batches, options, name)
+    metrics, scores = Log(options.out / "metrics.jsonl"), Log(options.out / "scores.jsonl")
     if options.compile:
         for updater in updaters:
             updater.denoiser.network.compile()
@@ -372,27 +414,31 @@ def run(
                     updater.check_finite()
             if n % options.log_every == 0 or last:
                 speed = (n - logged_at) * options.batch_size / (time.perf_counter() - logged_time)
-                _log(updaters, options, name, speed, bar)
+                _log(updaters, options, name, speed, bar, metrics)
                 logged_at, logged_time = n, time.perf_counter()
             if saving:
                 paused = time.perf_counter()
                 if watch is not None:
-                    best = _score(main, watch, best, options, name, writer)
-                _save(updaters, batches, options, name, best, writer)
+                    best = _score(main, watch, best, options, name, writer, scores)
+                save(updaters, batches, options, name, best, writer)
                 preview(main.averaged, options.out / f"samples-{name}-{n:07d}.png", options.seed)
                 logged_time += time.perf_counter() - paused
             if stopping:
-                _save(updaters, batches, options, name, best, writer)
-            if asked and not last:
-                distributed.first(writer.finish)
-                bar.close()
-                if distributed.is_first():
-                    print(f"stopped after update {n} of {options.updates}, which is saved: go on with --resume")
-                sys.exit(0)
+                save(updaters, batches, options, name, best, writer)
+            if asked:
+                break
+        metrics.write()
+        scores.write()
         distributed.first(writer.finish)
+        if interruption.asked(0):  # also by a signal that came after the last update: a round may follow
+            bar.close()
+            if distributed.is_first():
+                n = main.update_count
+                print(f"stopped after update {n} of {options.updates}, which is saved: go on with --resume")
+            sys.exit(0)
     for updater in updaters:
         updater.denoiser.eval()
-    return main.averaged.eval()
+    return main.model().eval()
 
 
 class Interruption:
@@ -418,7 +464,7 @@ class Interruption:
         print("\nstopping after this update; once more to stop at once", file=sys.stderr, flush=True)
 
     def asked(self, update: int) -> bool:
-        """Whether to stop after this update; several processes agree on it every WATCH_EVERY updates."""
+        """Whether to stop after this update; several processes agree on it every WATCH_EVERY updates, and at 0."""
         if distributed.world_size() == 1:
             return self.came
         if update % WATCH_EVERY == 0 and not self.agreed:
@@ -435,22 +481,37 @@ def update_alone(updater: Updater, updaters: list[Updater], batch: Batch) -> Non
 
 
 class ImageBatches:
-    """A data set's images and labels, shuffled, on the device, as the losses take them."""
+    """A data set's images and labels, shuffled, on the device, as the losses take them.
+
+    A thread makes the next batch while the device computes on this one.
+    """
 
     def __init__(self, dataset: data.Dataset, options: LoopOptions, seed: int, device: torch.device):
         self.batches = data.Batches(dataset, options.batch_size, seed=seed, flip=options.flip)
-        self.state, self.restore = self.batches.state, self.batches.restore
-        self.device = device
+        self.device, self.thread = device, ThreadPoolExecutor(1)
+        self.restore(self.batches.state())
 
     def __next__(self) -> Batch:
-        batch = data.Batch(*(distributed.part(tensor) for tensor in next(self.batches)))
+        batch, self.position = self.coming.result()
+        self.coming = self.thread.submit(self._draw)
         return to_device(batch, self.batches.dataset.num_classes, self.batches.seed, self.device)
+
+    def _draw(self) -> tuple[data.Batch, dict]:
+        """This process's part of the next batch, and the state after it."""
+        parts = (distributed.part(tensor) for tensor in next(self.batches))
+        batch = data.Batch(*(part.pin_memory() if self.device.type == "cuda" else part for part in parts))
+        return batch, self.batches.state()
+
+    def state(self) -> dict:
+        return self.position
+
+    def restore(self, state: dict) -> None:
+        self.thread.submit(self.batches.restore, state).result()  # after what the thread is drawing now
+        self.position, self.coming = state, self.thread.submit(self._draw)
 
 
 def to_device(batch: data.Batch, num_classes: int, seed: int, device: torch.device) -> Batch:
     """A batch of bytes as the losses take it."""
-    if device.type == "cuda":
-        batch = data.Batch(*(tensor.pin_memory() for tensor in batch))
     images, labels, ids = (tensor.to(device, non_blocking=True) for tensor in batch)
     x = data.to_float(images).contiguous(memory_format=torch.channels_last)
     return Batch(x, labels if num_classes else None, ids, seed)
@@ -478,7 +539,10 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
         sampler=denoiser.config.sampler, batch_size=columns * rows,
     )))  # fmt: skip
     if distributed.is_first():
-        figures.save_grid(images, path, columns=columns)
+        try:
+            figures.save_grid(images, path, columns=columns)
+        except OSError as error:
+            checkpoint.warn(f"{path} was not written ({error.strerror}); training goes on")
     denoiser.train(training)
 
 
@@ -497,7 +561,8 @@ def make_run(options: LoopOptions, dataset: data.Dataset | None) -> None:
     if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"--out {out} holds the teacher {teacher}: choose another --out")
     description = describe(options, dataset)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    unfinished = [_beside(out / "config.json")]  # a kill may have left it
+    if out.exists() and (not out.is_dir() or [*out.iterdir()] not in ([], unfinished)):
         previous = _previous_options(out)
         if options.overwrite:
             for pattern in RUN_FILES:
@@ -505,6 +570,8 @@ def make_run(options: LoopOptions, dataset: data.Dataset | None) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif options.resume:
             _check_same(previous, description, options)
+            if options.precision == "auto":
+                description["precision"] = _precision_of(previous, options.device)
         else:
             raise UserError(
                 f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
@@ -514,10 +581,40 @@ def make_run(options: LoopOptions, dataset: data.Dataset | None) -> None:
     _replace_text(out / "config.json", json.dumps(description, indent=1) + "\n")
 
 
+def settle_precision(options: LoopOptions, denoiser: Denoiser) -> LoopOptions:
+    """Options without `auto`: with the precision of the run in `out`, else one chosen now, which config.json keeps.
+
+    denoiser: what is to learn, or a network of the same architecture; a whole one, not yet sharded.
+    """
+    if options.precision != "auto":
+        return options
+
+    def decide() -> Choice:
+        path = options.out / "config.json"
+        config = _previous_options(options.out) if path.is_file() else None
+        known = _precision_of(config, options.device) if config else "auto"
+        if known != "auto":
+            return known
+        images = options.batch_size // options.accumulate // distributed.world_size()
+        chosen = check(denoiser, images, backward=True)
+        if config:
+            _replace_text(path, json.dumps(config | {"precision": chosen}, indent=1) + "\n")
+        return chosen
+
+    return replace(options, precision=agreed(decide))
+
+
+def _precision_of(config: dict, device: str) -> Precision:
+    """What the run with this config.json computes with; auto if that is not yet known, or was on another device."""
+    if config["options"].get("device") != device:
+        return "auto"
+    return config.get("precision") or config["options"].get("precision", "fp32")
+
+
 def describe(options: LoopOptions, dataset: data.Dataset | None) -> dict:
     """What config.json says: every option, the data, versions, git revision, device."""
     return {
-        "recipe": _recipe(options), "processes": distributed.world_size(),
+        "recipe": _recipe(options), "processes": distributed.world_size(), "precision": options.precision,
         "options": _plain(asdict(options)),
         "data_fingerprint": None if dataset is None else dataset.fingerprint,
         "versions": {
@@ -548,23 +645,28 @@ def print_plan(
 
     learners: networks that train; rows: network rows that an update keeps activations of, for each image of its batch.
     """
+    if not distributed.is_first():
+        return
     with torch.device("meta"):
         denoiser = Denoiser(config)
-    weights = sum(p.numel() for p in denoiser.parameters())
+    world = distributed.world_size()
+    size = sum(p.numel() for p in denoiser.parameters())
+    weights = size / (world if options.shard else 1)
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
+    frozen /= world if options.shard_teacher else 1
     copies = 4 * learners + bool(options.ema)  # weights, gradients, two moments; average
-    part = rows * options.batch_size // options.accumulate
+    part = rows * options.batch_size // (options.accumulate * world)
     activations = activation_bytes(config, part, options)
     total = 4 * (copies * weights + frozen) + activations
-    print(f"model        {weights / 1e6:.2f} M parameters, images {'×'.join(map(str, denoiser.image_shape))}")
+    print(f"model        {size / 1e6:.2f} M parameters, images {'×'.join(map(str, denoiser.image_shape))}")
     for line in lines:
         print(line)
     parts = f"in {options.accumulate} parts, " if options.accumulate > 1 else ""
     print(f"batch        {options.batch_size} images, {parts}{options.precision}, {options.device}")
     print(
-        f"memory       about {total / 2**30:.3g} GiB: weights, gradients, moments and average "
-        f"{4 * copies * weights / 2**30:.3g}, frozen teacher {4 * frozen / 2**30:.3g}, "
-        f"activations {activations / 2**30:.3g}"
+        f"memory       about {total / 2**30:.3g} GiB{' a process' * (world > 1)}: "
+        f"weights, gradients, moments and average {4 * copies * weights / 2**30:.3g}, "
+        f"frozen teacher {4 * frozen / 2**30:.3g}, activations {activations / 2**30:.3g}"
     )
     print(f"output       {options.out}")
 
@@ -613,25 +715,30 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
     yield from (Batch(*chunk, batch.seed) for chunk in zip(*chunks, strict=True))
 
 
-def _autocast(precision: str, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
 def _forget_after(out: Path, name: str, update: int) -> None:
     """Drop what was logged of this run after an update that it now goes on from."""
     for path in (out / "metrics.jsonl", out / "scores.jsonl"):
         if path.is_file():
-            every = path.read_text().splitlines()
-            kept = [line for line in every if not _is_after(line, name, update)]
+            every = path.read_text(errors="replace")
+            kept = "".join(line + "\n" for line in every.splitlines() if not _is_after(line, name, update))
             if kept != every:
-                _replace_text(path, "".join(line + "\n" for line in kept))
+                _replace_text(path, kept)
 
 
 def _replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole at any time."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text)
-    beside.replace(path)
+    """Write a file that is whole at any time. Raises UserError where the drive refuses it."""
+    beside = _beside(path)
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} was not written ({error.strerror}): make room there, or make the folder writable"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
 
 
 def _is_after(line: str, name: str, update: int) -> bool:
@@ -642,11 +749,42 @@ def _is_after(line: str, name: str, update: int) -> bool:
         return True  # cut off while it was written
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Every process's generators; dropout alone draws from them."""
-    states = {"cpu": torch.get_rng_state()}
+def _python_state() -> Tensor:
+    _, words, normal = random.getstate()
+    return torch.tensor([*words, normal is not None, normal or 0.0], dtype=torch.float64)
+
+
+def _set_python_state(state: Tensor) -> None:
+    *words, has_normal, normal = state.tolist()
+    random.setstate((3, tuple(map(int, words)), normal if has_normal else None))
+
+
+def _numpy_state() -> Tensor:
+    _, words, *rest = numpy.random.get_state()
+    return torch.tensor([*words.tolist(), *rest], dtype=torch.float64)
+
+
+def _set_numpy_state(state: Tensor) -> None:
+    *words, position, has_normal, normal = state.tolist()
+    numpy.random.set_state(("MT19937", [*map(int, words)], int(position), int(has_normal), normal))
+
+
+def _generators(device: torch.device) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """How to get and set the state of each. Of ours dropout alone draws from them; a user's loss may."""
+    generators = {
+        "cpu": (torch.get_rng_state, torch.set_rng_state),
+        "python": (_python_state, _set_python_state),
+        "numpy": (_numpy_state, _set_numpy_state),
+    }
     if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        generators["cuda"] = (functools.partial(get, device), functools.partial(put, device=device))
+    return generators
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Every process's generators."""
+    states = {name: get() for name, (get, _) in _generators(device).items()}
     size = distributed.world_size()
     every = {name: distributed.gather(state[None], size) for name, state in states.items()}
     return {f"random/{name}/{rank}": state[rank] for name, state in every.items() for rank in range(size)}
@@ -654,35 +792,66 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
 
 def _set_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
     """This process's, if there was one of its number before."""
-    rank = distributed.rank()
-    if f"random/cpu/{rank}" in tensors:
-        torch.set_rng_state(tensors[f"random/cpu/{rank}"])
-    if device.type == "cuda" and f"random/cuda/{rank}" in tensors:
-        torch.cuda.set_rng_state(tensors[f"random/cuda/{rank}"], device)
+    for name, (_, put) in _generators(device).items():
+        if (key := f"random/{name}/{distributed.rank()}") in tensors:
+            put(tensors[key])
 
 
 def remove_resumable(out: Path) -> None:
     """The numbered checkpoints, which are of no use once their run or round is finished."""
-    for folder in out.glob(f"{checkpoint.PREFIX}*"):
-        shutil.rmtree(folder)
+    checkpoint.remove(out, out.glob(f"{checkpoint.PREFIX}*"))
+
+
+def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
+    """A teacher that does not learn, sharded if that is asked for: copies are to be made before."""
+    teacher.requires_grad_(False)
+    if options.shard_teacher:
+        distributed.shard(teacher.network)
+    return teacher
+
+
+@torch.no_grad()
+def _load(network: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in network.state_dict().items():
+        _filled(parameter, tensors[name])
+
+
+@torch.no_grad()
+def _filled(tensor: Tensor, value: Tensor) -> Tensor:
+    """A tensor, sharded or not, with a value that all processes have."""
+    return tensor.copy_(distributed.like(value.to(tensor.device), tensor))
+
+
+def _for_the_first(tensor: Tensor) -> Tensor:
+    """A tensor that the first process saves; of a sharded one, no other process keeps the whole."""
+    if not distributed.is_sharded(tensor):
+        return tensor
+    whole = distributed.whole(tensor)
+    return whole.cpu() if distributed.is_first() else tensor
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _log(updaters: list[Updater], options: LoopOptions, name: str, speed: float, bar: tqdm) -> None:
+def _log(updaters: list[Updater], options: LoopOptions, name: str, speed: float, bar: tqdm, log: Log) -> None:
     main = updaters[-1]
     images = main.update_count * options.batch_size
     row = {"run": name, "update": main.update_count, "images": images, "kimg": round(images / 1000, 3)}
     for updater in reversed(updaters):
         row |= updater.log()
     row |= {"images_per_second": round(speed, 1), "time": round(time.time(), 1)}
-    if main.device.type == "cuda":
-        row["memory_gb"] = round(torch.cuda.max_memory_allocated(main.device) / 1e9, 3)
+    row["memory_gb"] = round(_most_memory(main.device) / 1e9, 3)
     bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s", refresh=False)
-    _append(options.out / "metrics.jsonl", row)
+    log.append(row)
     _to_tensorboard(options.out, name, row)
+
+
+def _most_memory(device: torch.device) -> int:
+    """The most bytes that were in use so far: of a GPU, or else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _to_tensorboard(out: Path, name: str, row: dict) -> None:
@@ -705,34 +874,56 @@ def _tensorboard(out: Path):
 
 
 def _score(
-    main: Updater, watch: Watch, best: dict | None, options: LoopOptions, name: str, writer: checkpoint.Writer
-) -> dict | None:
-    """Log the model's scores; keep it if none was better. Returns the best scores so far."""
+    main: Updater, watch: Watch, best: dict | None, options: LoopOptions, name: str, writer: checkpoint.Writer, log: Log
+) -> dict | None:  # fmt: skip
+    """Log the model's scores; keep it if none was better. Returns the best scores of those that were kept."""
     update = main.update_count
     row = {"run": name, "update": update, "images": update * options.batch_size}
-    row |= watch(main.averaged.eval(), _last_score(options.out, name))
-    _append(options.out / "scores.jsonl", row)
+    row |= watch(main.averaged.eval(), _last_score(log, name))
+    log.append(row)
     _to_tensorboard(options.out, name, row)
     if "fd" not in row or (best is not None and best["fd"] <= row["fd"]):
         return best
-    distributed.first(lambda: writer.save(options.out / "best", main.averaged))
-    return row
+    model = main.model()
+    kept = distributed.first(lambda: writer.save(options.out / "best", model) or writer.wait())
+    return row if distributed.largest(torch.tensor(int(kept or 0))) else best
 
 
-def _last_score(out: Path, name: str) -> dict | None:
-    path = out / "scores.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((row for row in reversed(rows) if row["run"] == name), None)
+def _last_score(log: Log, name: str) -> dict | None:
+    return next((row for row in reversed(log.rows()) if row["run"] == name), None)
 
 
-def _append(path: Path, row: dict) -> None:
-    if not distributed.is_first():
-        return
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+class Log:
+    """A file with a line of JSON a row. What a full drive does not take waits, and is written with a later row."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting, self.refused = path, b"", False
+
+    def append(self, row: dict) -> None:
+        if distributed.is_first():
+            self.waiting += json.dumps(row).encode() + b"\n"
+            self.write()
+
+    def write(self) -> None:
+        """Try to write what waits; warns once."""
+        if not self.waiting:
+            return
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting) :]
+            self.refused = False
+        except OSError as error:
+            if not self.refused:
+                checkpoint.warn(f"{self.path} cannot be written ({error.strerror}): its lines wait; training goes on")
+            self.refused = True
+
+    def rows(self) -> list[dict]:
+        written = self.path.read_bytes() if self.path.is_file() else b""
+        return [json.loads(line) for line in (written + self.waiting).splitlines()]
 
 
-def _save(
+def save(
     updaters: list[Updater], batches: Batches, options: LoopOptions, name: str, best: dict | None,
     writer: checkpoint.Writer,
 ) -> None:  # fmt: skip
@@ -741,22 +932,21 @@ def _save(
     tensors = _random_states(main.device)
     for updater in updaters:
         tensors |= updater.tensors()
-    folder = options.out / f"{checkpoint.PREFIX}{main.update_count:07d}"
-    distributed.first(lambda: writer.save(folder, main.averaged, state=state, state_tensors=tensors, keep=options.keep))
+    folder, model = options.out / f"{checkpoint.PREFIX}{main.update_count:07d}", main.model()
+    distributed.first(lambda: writer.save(folder, model, state=state, state_tensors=tensors, keep=options.keep))
 
 
 def _resume(updaters: list[Updater], batches: Batches, options: LoopOptions, name: str) -> dict | None:
     """Go on from the newest checkpoint of the run of this name, if there is one; returns the best scores so far."""
-    saved = checkpoint.newest_state(options.out)
-    if saved is None:
-        return None
-    state, tensors = saved
+    state, tensors = checkpoint.newest_state(options.out) or ({"run": name, "update": 0}, {})
     if state["run"] != name:
         distributed.first(lambda: remove_resumable(options.out))
+        state, tensors = {"update": 0}, {}
+    distributed.first(lambda: _forget_after(options.out, name, state["update"]))
+    if not tensors:
         return None
     for updater in updaters:
         updater.restore(tensors, state)
-    distributed.first(lambda: _forget_after(options.out, name, state["update"]))
     _set_random_states(tensors, updaters[-1].device)
     batches.restore(state["data"])
     return state.get("best")

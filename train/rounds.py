@@ -73,14 +73,16 @@ def run(
             teacher = checkpoint.load(finished, device=options.device)
             continue
         torch.manual_seed(options.seed)
-        student = copy.deepcopy(teacher.requires_grad_(False))
+        student = copy.deepcopy(teacher)
         student.config = replace(teacher.config, kind=kind, sampler=sampler, steps=steps)
+        loop.freeze(teacher, options)
         student = loop.fit(
             student, lambda model, batch, teacher=teacher, steps=steps: loss(model, teacher, batch, steps), dataset,
             replace(options, updates=round_updates(options, steps)), name=f"steps-{steps}",
         )  # fmt: skip
         distributed.first(lambda folder=finished, student=student: finish(folder, student))
         teacher = student
+    distributed.first(lambda: loop.remove_resumable(options.out))  # if a kill has left them
     return teacher
 
 

@@ -115,6 +115,7 @@ def train(options: Options) -> Denoiser | None:
         loop.print_plan(config, options, [plan], teacher=teacher, learners=2, rows=3)
         return None
     loop.prepare(options, dataset)
+    options = loop.settle_precision(options, teacher)
     torch.manual_seed(options.seed)
     updaters, batches = learning(teacher, options)
     return loop.run(updaters, batches, options, "sid", watch=scorer(teacher, dataset, config, options))
@@ -199,8 +200,8 @@ def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
 def learning(teacher: Denoiser, options: Options) -> tuple[list[loop.Updater], loop.Batches]:
     """What learns, on what: the fake score, and the generator against it ([SiD] alg. 1). Both start as the teacher."""
     config = check_teacher(teacher, options)
-    teacher.requires_grad_(False).network.gradient_checkpointing = options.gradient_checkpointing
     fake, generator = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    loop.freeze(teacher, options).network.gradient_checkpointing = options.gradient_checkpointing
     generator.config = config
     w = None if teacher.config.guidance_range is None else config.guidance_range
     levels = KarrasSchedule(options.sigma_min, options.sigma_max)

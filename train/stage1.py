@@ -76,7 +76,7 @@ def train(options: Options) -> Denoiser | None:
     loop.prepare(options, dataset)
     torch.manual_seed(options.seed)
     student = student_of(teacher, options.guidance_range)
-    guided = Guided(teacher.requires_grad_(False))
+    guided = Guided(loop.freeze(teacher, options))
 
     def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
         return distill.stage1(

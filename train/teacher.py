@@ -10,6 +10,7 @@ import torch
 from fastdiff import cli, data, distill, schedule
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
+from fastdiff.precision import Choice
 from fastdiff.unet import PRESETS as UNETS
 from fastdiff.unet import UNetConfig
 from train import loop
@@ -90,6 +91,15 @@ def train(options: Options) -> Denoiser:
         )
 
     return loop.fit(denoiser, loss, dataset, options, name="teacher")
+
+
+def settled_precision(options: Options) -> Choice:
+    """The precision of a run of these options, which may not have begun: for those who go on with it in others."""
+    if options.precision != "auto":
+        return options.precision
+    with torch.random.fork_rng(devices=[]):
+        denoiser = Denoiser(denoiser_config(options, data.load(options.data, "train")))
+    return loop.settle_precision(options, denoiser.to(options.device)).precision
 
 
 def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
