@@ -85,3 +85,23 @@ def test_options_without_sense_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match=f"{next(iter(changes))}"):
         demo.main(demo.Options(out=tmp_path / "out", device="cpu", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_scoring_that_seems_slow_leaves_half_of_the_time_for_training(tmp_path, monkeypatch):
+    """As where another program slows the machine down just while it is timed."""
+
+    class Begun(Exception):
+        pass
+
+    def train(recipe):
+        begun.append(recipe.updates)
+        raise Begun
+
+    begun = []
+    monkeypatch.setattr(demo, "_evaluation_seconds", lambda *_: 1e6)
+    monkeypatch.setattr(demo, "_update_seconds", lambda *_: 0.1)
+    monkeypatch.setattr(teacher, "train", train)
+    with pytest.raises(Begun):
+        demo.train_all(demo.Options(out=tmp_path / "out", device="cpu"), "digits", demo.Clock(600))
+    half = 0.5 * 600 * (1 - demo.RESERVE) * demo.SHARES["teacher"] / 0.1
+    assert 0.9 * half < begun[0] <= half

@@ -28,6 +28,7 @@ TEACHER_STEPS = (64, 8, 4, 2, 1)
 STUDENT_STEPS = (8, 4, 2, 1)
 SHARES = {"teacher": 0.22, "stage1": 0.18, "stage2": 0.38, "sid": 0.22}  # of the time for training
 RESERVE = 0.07  # of all time, for what was measured too fast
+SCORING = 0.5  # of the time, at most: where the machine is slow, models that are hardly trained would show nothing
 ROUND_UNITS = 3.0  # a round of stage 2 with N ≤ 2 steps lasts as long as three others
 TIMED_STEPS = 1024
 TIMED_BATCH = 128
@@ -120,7 +121,7 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
 
     recipe = _options(teacher, options, "teacher", **common)
     fresh = Denoiser(teacher.denoiser_config(recipe, dataset)).to(options.device)
-    evaluation = _evaluation_seconds(fresh, options)
+    evaluation = min(_evaluation_seconds(fresh, options), SCORING * clock.left())
     remaining = dict(SHARES)
 
     def planned(
