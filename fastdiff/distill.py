@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kernels
 from fastdiff import rotation
 from fastdiff.denoiser import Denoiser, Guided
+from fastdiff.rotation import Affine
 from fastdiff.samplers import Model, velocity
 from fastdiff.schedule import Schedule
 
@@ -76,7 +77,7 @@ def teacher(
     angle = noise_angle(denoiser.schedule, batch.uniform(TIME), noise_levels)
     z, eps = batch.noised(angle)
     label = batch.dropped_label(label_drop, denoiser.num_classes)
-    target = Target(None, eps, torch.cos(angle), batch.x, -torch.sin(angle))
+    target = Affine(eps, None, torch.cos(angle), batch.x, -torch.sin(angle))
     return _regression(denoiser, z, angle, label, guidance, target, weight)
 
 
@@ -106,11 +107,9 @@ def stage1(
     z, _ = batch.noised(angle)
     w = batch.guidance(guidance_range)
     with torch.no_grad():
-        v = teacher.affine(z, angle, batch.label, w)
-        if clip is None:
-            target = Target(v.coef_z, v.a, v.coef_a, v.b, v.coef_b)
-        else:
-            target = Target(None, v.clipped(z, angle, clip), torch.ones_like(angle), None, None)
+        target = teacher.affine(z, angle, batch.label, w)
+        if clip is not None:
+            target = Affine(target.clipped(z, angle, clip), None, torch.ones_like(angle))
     return _regression(student, z, angle, batch.label, w, target, weight)
 
 
@@ -159,7 +158,7 @@ def _two_steps(
         z1 = rotation.rotate(z, v1, a - m)
         v2 = velocity(teacher, z1, torch.where(m > 0, m, a), batch.label, w).apply(z1)  # without effect where m = 0
     c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
-    return _regression(student, z, a, batch.label, w, Target(c_z, v1, c_1, v2, c_2), weight)
+    return _regression(student, z, a, batch.label, w, Affine(v1, c_z, c_1, v2, c_2), weight)
 
 
 def two_student(
@@ -180,19 +179,8 @@ def two_student(
         z1 = rotation.rotate(z, v1, a - m)
         v2 = teacher(torch.cat([z1, z1]), m.repeat(2), labels)
     c_z, c_1, c_2 = (c.repeat(2) for c in rotation.two_step_target(a, m, e))
-    target = Target(c_z, torch.cat([v1, v1]), c_1, v2, c_2)
+    target = Affine(torch.cat([v1, v1]), c_z, c_1, v2, c_2)
     return _regression(student, torch.cat([z, z]), a.repeat(2), labels, None, target, weight).view(2, -1).mean(0)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The velocity coef_z·z + coef_a·a + coef_b·b."""
-
-    coef_z: Tensor | None
-    a: Tensor
-    coef_a: Tensor
-    b: Tensor | None
-    coef_b: Tensor | None
 
 
 def _regression(
@@ -201,7 +189,7 @@ def _regression(
     angle: Tensor,
     label: Tensor | None,
     guidance: Tensor | None,
-    target: Target,
+    target: Affine,
     weight: str,
 ) -> Tensor:
     """weight·mean((target − v̂)²) with v̂ = A·z + B·F, rewritten for the raw output F: divide by B, weigh by B²."""

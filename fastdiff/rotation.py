@@ -19,10 +19,10 @@ LOSS_WEIGHTS = ("v", "snr", "snr_trunc", "constant", "edm")
 
 
 class Affine(NamedTuple):
-    """A velocity as an affine function of what networks returned: coef_z·z + coef_a·a [+ coef_b·b]."""
+    """A velocity as an affine function of images, such as networks return: [coef_z·z +] coef_a·a [+ coef_b·b]."""
 
     a: Tensor
-    coef_z: Tensor
+    coef_z: Tensor | None
     coef_a: Tensor
     b: Tensor | None = None
     coef_b: Tensor | None = None
