@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint bench inspect clean
+.PHONY: demo test faults lint bench inspect clean
 
 demo: $(READY)
 	$(BIN)/python -m train.demo
@@ -14,6 +14,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/fused
+
+# Kills, signals, full drives and damage at other moments each time; `make test` has a short form of it.
+faults: $(READY)
+	FASTDIFF_FAULTS=long $(BIN)/python -m pytest $(PARALLEL) tests/test_faults.py tests/test_checkpoint.py
+	$(BIN)/python -m pytest tests/test_distributed.py -k dies
 
 lint: $(READY)
 	$(BIN)/ruff check .

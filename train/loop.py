@@ -719,10 +719,10 @@ def _forget_after(out: Path, name: str, update: int) -> None:
     """Drop what was logged of this run after an update that it now goes on from."""
     for path in (out / "metrics.jsonl", out / "scores.jsonl"):
         if path.is_file():
-            every = path.read_text(errors="replace")
-            kept = "".join(line + "\n" for line in every.splitlines() if not _is_after(line, name, update))
+            every = path.read_bytes()
+            kept = b"".join(line + b"\n" for line in every.splitlines() if not _is_after(line, name, update))
             if kept != every:
-                _replace_text(path, kept)
+                _replace_text(path, kept.decode())
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -741,12 +741,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.writing")
 
 
-def _is_after(line: str, name: str, update: int) -> bool:
+def _is_after(line: bytes, name: str, update: int) -> bool:
     try:
         row = json.loads(line)
         return row["run"] == name and row["update"] > update
     except (ValueError, KeyError, TypeError):
-        return True  # cut off while it was written
+        return True  # damaged, or cut off while it was written
 
 
 def _python_state() -> Tensor:
