@@ -55,6 +55,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def wait() -> None:
+    """For all processes to come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def part(rows: Tensor | None) -> Tensor | None:
     """This process's rows of a batch."""
     return rows if rows is None or world_size() == 1 else rows.tensor_split(world_size())[rank()]

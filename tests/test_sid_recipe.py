@@ -818,7 +818,10 @@ def interrupt(monkeypatch, update):
 
 
 def without_clocks(rows):
-    return [{key: value for key, value in row.items() if key not in ("images_per_second", "time", "memory_gb")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("images_per_second", "time", "memory_gb")}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -939,6 +939,7 @@ def save(
 def _resume(updaters: list[Updater], batches: Batches, options: LoopOptions, name: str) -> dict | None:
     """Go on from the newest checkpoint of the run of this name, if there is one; returns the best scores so far."""
     state, tensors = checkpoint.newest_state(options.out) or ({"run": name, "update": 0}, {})
+    distributed.wait()  # until all have read it, which the first may now remove
     if state["run"] != name:
         distributed.first(lambda: remove_resumable(options.out))
         state, tensors = {"update": 0}, {}
