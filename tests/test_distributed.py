@@ -70,25 +70,28 @@ def test_four_processes_begin_and_two_go_on(alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "ways"),
     [
-        ["train.stage1", "--updates", "3"],
-        ["train.stage2", *ROUNDS],
-        ["train.encoder", *ROUNDS],
-        ["train.two_student", *ROUNDS],
-        ["train.sid", "--updates", "3", "--score-num", "20", "--data", "digits"],
+        (["train.stage1", "--updates", "3"], ("copies", "sharded")),
+        (["train.stage2", *ROUNDS], ("copies", "sharded")),
+        (["train.encoder", *ROUNDS], ("copies",)),  # shards as stage 2 does
+        (["train.two_student", *ROUNDS], ("sharded",)),
+        (["train.sid", "--updates", "3", "--score-num", "20", "--data", "digits"], ("copies", "sharded")),
     ],
-    ids=lambda recipe: recipe[0],
+    ids=lambda value: value[0] if value[0].startswith("train") else "",
 )
-def test_two_processes_distil_as_one_does(alone, student, tmp_path, recipe):
+def test_two_processes_distil_as_one_does(alone, student, tmp_path, recipe, ways):
+    """As copies of each network, and with every network split over both."""
     of = student if recipe[0] in ("train.stage2", "train.encoder", "train.sid") else alone
-    for name, processes, options in ("one", 1, ()), ("two", 2, ()), ("sharded", 2, ("--shard", "--shard-teacher")):
-        launch(processes, *recipe, *COMMON, *options, "--ema", 0.5, "--teacher", of, "--out", tmp_path / name)
-    for name in ("two", "sharded"):
+    for name in ("one", *ways):
+        shard = ("--shard", "--shard-teacher") if name == "sharded" else ()
+        out = "--out", tmp_path / name
+        launch(1 if name == "one" else 2, *recipe, *COMMON, *shard, "--ema", 0.5, "--teacher", of, *out)
+    for name in ways:
         assert_alike(tmp_path / name, tmp_path / "one")
     if recipe[0] == "train.sid":
-        scores = [json.loads((tmp_path / name / "scores.jsonl").read_text()) for name in ("one", "two", "sharded")]
-        assert [score["fd"] for score in scores] == pytest.approx([scores[0]["fd"]] * 3, rel=1e-2)
+        fds = [json.loads((tmp_path / name / "scores.jsonl").read_text())["fd"] for name in ("one", *ways)]
+        assert fds == pytest.approx([fds[0]] * 3, rel=1e-2)
 
 
 def test_sharded_processes_begin_and_others_go_on(alone, tmp_path):
