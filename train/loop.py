@@ -197,6 +197,7 @@ class Updater:
             for model in {denoiser, self.averaged}:
                 distributed.shard(model.network)
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        self.of_average, self.averaged_over = list(self.averaged.parameters()), list(denoiser.parameters())
         self.device = self.parameters[0].device
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
         self.optimizer = optimizer(
@@ -224,7 +225,8 @@ class Updater:
 
     def update(self, batch: Batch) -> None:
         options = self.options
-        self.denoiser.train()
+        if not self.denoiser.training:
+            self.denoiser.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         for i, part in enumerate(_split(batch, options.accumulate), 1):
@@ -253,11 +255,12 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         if options.ema:
             decay = min(options.ema, (1 + self.update_count) / (10 + self.update_count))
-            averages, weights = (
-                [distributed.local(p) for p in model.parameters()] for model in (self.averaged, self.denoiser)
+            average, weights = (
+                [distributed.local(p) for p in parameters] if options.shard else parameters
+                for parameters in (self.of_average, self.averaged_over)
             )
             with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - decay)
+                torch._foreach_lerp_(average, weights, 1 - decay)
         self.update_count += 1
 
     @torch.no_grad()
@@ -474,7 +477,7 @@ class Interruption:
 
 def update_alone(updater: Updater, updaters: list[Updater], batch: Batch) -> None:
     """Update one of several networks; the others pass gradients on but collect none."""
-    for other in updaters:
+    for other in updaters if len(updaters) > 1 else ():
         other.denoiser.requires_grad_(other is updater)
         other.denoiser.train(other is updater)
     updater.update(batch)

@@ -75,7 +75,7 @@ class Options(loop.LoopOptions):
 PUBLISHED = {"precision": "bf16", "save_every": 2000, "keep": 3}
 PRESETS = {
     "digits": {"data": "digits", "alpha": 1.0, "t_max": 450, "guidance_t_max": 380},
-    "fashion-mnist": {"data": "fashion-mnist"},
+    "fashion-mnist": {"data": "fashion-mnist", "alpha": 1.0, "t_max": 600},
     # Half of the moving average is younger than 0.5 million images (2 million for ImageNet).
     "cifar10": PUBLISHED | {
         "data": "cifar10", "batch_size": 256, "lr": 1e-5, "ema": 0.99965, "updates": 390_625, "dropout": 0.13,
