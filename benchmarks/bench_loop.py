@@ -89,7 +89,7 @@ def sid_iteration(denoiser: Denoiser, device: torch.device):
 
 
 def ratio(whole, alone, device: torch.device) -> float:
-    """Median time of one ÷ that of the other, alternating; on a CPU the processor's, so that no other program counts."""
+    """Median time of one ÷ that of the other, alternating; on a CPU the processor's: no other program counts."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times = {whole: [], alone: []}
     for trial in range(TRIALS + 3):
