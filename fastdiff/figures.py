@@ -142,6 +142,7 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
     a logarithmic axis of images too.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     columns = max(map(len, rows))
     figure, axes = _subplots(columns, rows=len(rows), figsize=(max(4.2 * columns, 6), 3.1 * len(rows) + 0.5))
@@ -161,6 +162,10 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
             for label, points in lines.items():
                 _curve(axis, np.array(points, dtype=float), colors[label])
             axis.set(xlabel="thousands of images", xscale="log" if title == "Fréchet distance" else "linear")
+            if title == "Fréchet distance":
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.xaxis.set_minor_formatter(NullFormatter())  # or else it writes between them what has no room
             axis.set_title(title, fontsize=10)
             axis.grid(alpha=0.3)
     handles = [Line2D([], [], color=color) for color in colors.values()]
