@@ -921,7 +921,7 @@ def break_from(monkeypatch, update, share, *, which="generator"):
 def test_too_many_samples_that_are_not_finite_end_the_run(models, tmp_path, monkeypatch, which):
     """The last good checkpoint is there, can be sampled, and continued."""
     monkeypatch.setattr(loop, "MANY_SAMPLES", 64)
-    options = {"updates": 9, "save_every": 4, "ema": 0.9}
+    options = {"updates": 9, "save_every": 4, "log_every": 8, "ema": 0.9}
     with monkeypatch.context() as patch:
         break_from(patch, 5, 0.5, which=which)
         with pytest.raises(UserError, match=r"not finite .*--resume") as caught:
@@ -938,8 +938,9 @@ def test_through_the_command_line_that_is_one_sentence(models, tmp_path, monkeyp
     monkeypatch.setattr(loop, "MANY_SAMPLES", 16)
     break_from(monkeypatch, 1, 1.0)
     result = run(
-        "sid", "--teacher", models / "guided", "--out", "o", "--device", "cpu", "--batch-size", "16", "--updates", "20"
-    )
+        "sid", "--teacher", models / "guided", "--out", "o", "--device", "cpu", "--batch-size", "16", "--updates", "20",
+        "--log-every", "10",
+    )  # fmt: skip
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.strip().splitlines()[-1].startswith("error: the losses of 160 of 160 samples were not finite")
     assert not list(Path("o").glob("checkpoint-*"))

@@ -36,7 +36,7 @@ from fastdiff.sample import check_device, generate, make_folder
 from fastdiff.unet import UNetConfig
 
 MANY_SAMPLES = 10_000  # the fewest over which the share of losses that are not finite is judged
-WATCH_EVERY = 10  # updates between looks at whether the loss is still finite; each look waits for the device
+AGREE_EVERY = 10  # updates after which several processes ask each other whether one was told to stop
 MAY_CHANGE = {
     "updates",
     "lr",
@@ -412,10 +412,11 @@ def run(
             saving = last or n % options.save_every == 0
             asked = interruption.asked(n)  # once: a signal may come while this update is logged
             stopping = asked and not saving
-            if n % WATCH_EVERY == 0 or saving or stopping:
+            logging = n % options.log_every == 0 or last
+            if logging or saving or stopping:  # these wait for the device; nothing else does
                 for updater in updaters:
                     updater.check_finite()
-            if n % options.log_every == 0 or last:
+            if logging:
                 speed = (n - logged_at) * options.batch_size / (time.perf_counter() - logged_time)
                 _log(updaters, options, name, speed, bar, metrics)
                 logged_at, logged_time = n, time.perf_counter()
@@ -467,10 +468,10 @@ class Interruption:
         print("\nstopping after this update; once more to stop at once", file=sys.stderr, flush=True)
 
     def asked(self, update: int) -> bool:
-        """Whether to stop after this update; several processes agree on it every WATCH_EVERY updates, and at 0."""
+        """Whether to stop after this update; several processes agree on it every AGREE_EVERY updates, and at 0."""
         if distributed.world_size() == 1:
             return self.came
-        if update % WATCH_EVERY == 0 and not self.agreed:
+        if update % AGREE_EVERY == 0 and not self.agreed:
             self.agreed = bool(distributed.largest(torch.tensor(int(self.came))))
         return self.agreed
 
