@@ -247,7 +247,9 @@ class Updater:
         if self.tolerance:
             for gradient in (distributed.local(parameter.grad) for parameter in self.parameters):
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm or float("inf"))
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        if options.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, options.clip_norm, norm)
         self.grad_norm = distributed.whole(norm)
         is_new = ~torch.isfinite(self.loss_sum + self.grad_norm) & (self.first_bad < 0)
         self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
