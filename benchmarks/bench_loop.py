@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, data, distill
+from fastdiff import checkpoint, data, distill, memory
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.unet import PRESETS
 from train import loop, sid, teacher
@@ -134,6 +134,7 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
+    memory.keep_freed()  # as every command does on a CPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     denoiser = Denoiser(DenoiserConfig(PRESETS["digits"])).to(device, memory_format=torch.channels_last).eval()
     found = {

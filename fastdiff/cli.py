@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from fastdiff import distributed
+from fastdiff import distributed, memory
 from fastdiff.errors import UserError
 from kernels import BackendError
 
@@ -59,6 +59,8 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
             options = _with_defaults(options, {"preset": name, **presets[name]})
         given = tyro.cli(options, description=function.__doc__)
         distributed.start()
+        if getattr(given, "device", None) == "cpu":
+            memory.keep_freed()
         function(given)
     except (UserError, BackendError) as error:
         if distributed.is_first():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import trange
 
-from fastdiff import data
+from fastdiff import data, distributed
 from fastdiff.errors import UserError
 
 FEATURE_WIDTH = 64
@@ -171,7 +173,11 @@ def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> floa
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=updates)
     network.train()
-    for _ in range(updates):
+    what = f"feature extractor for {train.name}, once"
+    for _ in trange(
+        updates, desc=what, unit="update", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20,
+        disable=not distributed.is_first(),
+    ):  # fmt: skip
         batch = next(batches)
         _, logits = network(data.to_float(batch.images))
         F.cross_entropy(logits, batch.labels).backward()
