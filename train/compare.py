@@ -39,7 +39,9 @@ STUDENT_STEPS = (16, 8, 4, 2, 1)
 ENCODER_STEPS = 8
 RECONSTRUCTED = 256  # images
 LAST_ROUNDS = 3  # how many times as long the rounds with 2 steps and with 1 are
-UPDATES = {"digits": (2800, 1900, 300), "fashion-mnist": (8000, 6000, 1000)}  # teacher, stage 1, a round
+UPDATES = {"digits": (10_000, 6000, 400), "fashion-mnist": (8000, 6000, 1000)}  # teacher, stage 1, a round
+BATCH_SIZE = 128
+START_STEPS = 64  # of the model that stage 2 starts with
 TIMED_BATCH = 128
 TIMED_ROUNDS = 5  # of all rows but the slow ones
 SLOW_STEPS = 256  # rows with as many or more are timed once
@@ -129,7 +131,10 @@ def train_all(options: Options) -> None:
     """Run, continue or reuse the recipes of the methods asked for, and of those that they are distilled from."""
     first, second, each = options.updates or UPDATES[options.preset]
     run, at, asked = _recipe(options), options.out, set(options.methods)
-    halving = {"updates": each, "last_updates": LAST_ROUNDS * each, "save_every": LAST_ROUNDS * each}
+    halving = {
+        "start_steps": START_STEPS, "updates": each, "last_updates": LAST_ROUNDS * each,
+        "save_every": LAST_ROUNDS * each,
+    }  # fmt: skip
     teacher.train(run(teacher, "teacher", updates=first))
     if asked & {"stage1", "deterministic", "stochastic", "sid", "encoder"}:
         limits = 0.0, max(4.0, *options.guidance)
@@ -161,7 +166,8 @@ def _recipe(options: Options):
     def build(module, name: str, **changes) -> loop.LoopOptions:
         out = options.out / name
         common = {key: getattr(options, key) for key in ("preset", "device", "precision", "seed")}
-        settings = module.PRESETS[options.preset] | common | {"out": out, "resume": out.exists()} | changes
+        settings = module.PRESETS[options.preset] | common | {"batch_size": BATCH_SIZE}
+        settings |= {"out": out, "resume": out.exists()} | changes
         print(f"{name}: {settings['updates']} updates", flush=True)
         return module.Options(**settings)
 
