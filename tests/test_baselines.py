@@ -157,6 +157,26 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_whole_one(
     assert not list(out.glob("checkpoint-*"))
 
 
+def test_one_stochastic_step_is_learned_already(made, tmp_path, updates):
+    """The round from 2 steps to 1 trained for nothing: its target is what its teacher, of which it is a copy, says."""
+    teacher = checkpoint.load(made / "stochastic" / "steps-2")
+    ids = torch.arange(32)
+    images = data.to_float(torch.from_numpy(data.load("digits").images[:32]))
+    batch = distill.Batch(images, ids % 10, ids, seed=0)
+    loss = {
+        steps: distill.stage2(teacher, teacher, batch, steps=steps, guidance_range=LIMITS, sampler="stochastic")
+        for steps in (1, 2)
+    }
+    assert loss[1].max() < 1e-10 < 1e-4 < loss[2].mean()
+    train("stochastic", made / "stochastic" / "steps-2", tmp_path / "run", start_steps=2, end_steps=1)
+    assert not updates
+    student = checkpoint.load(tmp_path / "run" / "steps-1")
+    assert (student.config.kind, student.config.sampler, student.config.steps) == ("stage2", "stochastic", 1)
+    for found, known in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(found, known)
+    train("stochastic", made / "stochastic" / "steps-2", tmp_path / "run", start_steps=2, end_steps=1, resume=True)
+
+
 @every_recipe
 def test_a_finished_run_is_left_as_it_is(runs, made, updates, name):
     before = snapshot(made / name)

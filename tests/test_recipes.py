@@ -238,6 +238,8 @@ def test_the_last_two_rounds_are_longer(tmp_path):
     assert [rounds.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 10, 10]
     options = replace(options, last_updates=7)
     assert [rounds.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 7, 7]
+    options = replace(options, sampler="stochastic")
+    assert [rounds.round_updates(options, n) for n in (8, 4, 3, 2, 1)] == [5, 5, 5, 7, 0]
 
 
 def test_every_round_is_a_checkpoint(runs):

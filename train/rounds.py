@@ -76,11 +76,12 @@ def run(
         torch.manual_seed(options.seed)
         student = copy.deepcopy(teacher)
         student.config = replace(teacher.config, kind=kind, sampler=sampler, steps=steps)
-        loop.freeze(teacher, options)
-        student = loop.fit(
-            student, lambda model, batch, teacher=teacher, steps=steps: loss(model, teacher, batch, steps), dataset,
-            replace(options, updates=round_updates(options, steps)), name=f"steps-{steps}",
-        )  # fmt: skip
+        if updates := round_updates(options, steps):
+            loop.freeze(teacher, options)
+            student = loop.fit(
+                student, lambda model, batch, teacher=teacher, steps=steps: loss(model, teacher, batch, steps), dataset,
+                replace(options, updates=updates), name=f"steps-{steps}",
+            )  # fmt: skip
         distributed.first(lambda folder=finished, student=student: finish(folder, student))
         teacher = student
     distributed.first(lambda: loop.remove_resumable(options.out))  # if a kill has left them
@@ -125,6 +126,12 @@ def student_steps(start: int, end: int) -> list[int]:
 
 
 def round_updates(options: Options, steps: int) -> int:
-    """Updates of the round whose student takes `steps` steps; the last two rounds are longer ([GD] appendix)."""
+    """Updates of the round whose student takes `steps` steps; the last two rounds are longer ([GD] appendix).
+
+    0 where there is nothing to learn: the last of the stochastic sampler's steps goes to the image at once, so that a
+    student whose only step it is does what its teacher does, and starts as its copy.
+    """
+    if steps == 1 and getattr(options, "sampler", None) == "stochastic":
+        return 0
     last = 2 * options.updates if options.last_updates is None else options.last_updates
     return last if steps <= 2 else options.updates
