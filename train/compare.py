@@ -157,7 +157,6 @@ def train_all(options: Options) -> None:
             sid, "sid", teacher=at / "stage1", updates=longest, save_every=longest, score_num=min(options.num, 256)
         ))  # fmt: skip
     if "encoder" in asked:
-        halving["updates"] = LAST_ROUNDS * each  # there are three rounds, each with more to learn than a decoder's
         encoder.train(run(encoder, "encoder", teacher=at / "stage1", end_steps=ENCODER_STEPS, **halving))
 
 
