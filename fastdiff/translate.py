@@ -44,7 +44,8 @@ class Options:
     resize: bool = False
     """Bring pictures of another size or mode to the models' own; without it they are refused."""
     clip: bool = True
-    """Limit the predicted image to [−1, 1] in every decoding step."""
+    """Limit the predicted image to [−1, 1] in every step of an undistilled decoder. Distilled ones learned theirs
+    without a limit, as encoders do, and give back more with none."""
     batch_size: int = 256
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Precision = "fp32"
@@ -72,7 +73,9 @@ class Pair:
         """Images (B, C, H, W) in [−1, 1] of classes `source` as ones of classes `target`, float32 on the CPU.
 
         source, target: (B,) int64, or None for models without classes. With source = target it is a reconstruction.
+        clip: limit x̂ to [−1, 1] in every step of an undistilled decoder; a distilled one learned its without a limit.
         """
+        limit = 1.0 if clip and self.decoder.config.steps is None else None
         device = next(self.encoder.parameters()).device
         translated = []
         with autocast(precision, device):
@@ -82,9 +85,8 @@ class Pair:
                 z = images[part].to(device).contiguous(memory_format=torch.channels_last)
                 z = samplers.encode(self.encoder, z, here, w, self.encoder_steps, schedule=self.encoder.schedule)
                 z = samplers.ddim(
-                    self.decoder, z, there, w, self.decoder_steps, schedule=self.decoder.schedule,
-                    clip=1.0 if clip else None,
-                )  # fmt: skip
+                    self.decoder, z, there, w, self.decoder_steps, schedule=self.decoder.schedule, clip=limit
+                )
                 translated.append(z.cpu())
         return torch.cat(translated)
 
