@@ -92,8 +92,8 @@ class LoopOptions:
 
     out: Path
     """The run's folder."""
-    preset: str = "digits"
-    """Published or tried settings; applied before all other options, which override it."""
+    preset: str | None = None
+    """Published or tried settings, applied before all other options, which override it; default: none of them."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, or a folder, archive or EDM zip of images."""
     flip: bool = False
