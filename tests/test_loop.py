@@ -578,6 +578,13 @@ def test_options_that_an_earlier_version_lacked_had_their_defaults(tmp_path):
         fit(out, updates=4, resume=True, ema=0.5)
 
 
+def test_a_run_goes_on_where_the_preset_alone_is_another(tmp_path):
+    """Earlier versions wrote "digits" where none was given; what a preset sets is compared option by option."""
+    fit(tmp_path / "run", updates=2, preset="digits")
+    fit(tmp_path / "run", updates=3, resume=True)
+    assert [row["update"] for row in read_log(tmp_path / "run")] == [2, 3]
+
+
 def test_a_signal_that_comes_while_an_update_is_logged_stops_after_the_next_one(tmp_path, monkeypatch, capsys):
     """Whatever is told to be saved is."""
     log = loop._log

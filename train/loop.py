@@ -38,6 +38,7 @@ from fastdiff.unet import UNetConfig
 MANY_SAMPLES = 10_000  # the fewest over which the share of losses that are not finite is judged
 AGREE_EVERY = 10  # updates after which several processes ask each other whether one was told to stop
 MAY_CHANGE = {
+    "preset",  # what it sets is compared instead
     "updates",
     "lr",
     "warmup",
