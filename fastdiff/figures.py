@@ -142,7 +142,7 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
     a logarithmic axis of images too.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import AsinhLocator, FuncFormatter, LogLocator, NullFormatter
 
     columns = max(map(len, rows))
     figure, axes = _subplots(columns, rows=len(rows), figsize=(max(4.2 * columns, 6), 3.1 * len(rows) + 0.5))
@@ -156,7 +156,9 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
             least = min(np.nanmin(line) for line in values)
             if least < 0:
                 usual = max(np.nanmedian(np.abs(line)) for line in values)
-                axis.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(max(usual, 1e-9))))  # a tick's value
+                axis.set_yscale("asinh", linear_width=max(usual, 1e-9))
+                axis.yaxis.set_major_locator(AsinhLocator(max(usual, 1e-9), numticks=8, base=0))  # round numbers
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             elif least > 0 and title != "learning rate":
                 axis.set_yscale("log")
             for label, points in lines.items():

@@ -418,7 +418,7 @@ def test_the_picture(tmp_path, monkeypatch):
     }
     figures.plot_curves([whole, {"loss, lowest quarter": {"b": [(1, 1.0), (2, 0.5)]}}], tmp_path / "curves.png")
     figure, axes = drawn[0]
-    assert [axis.get_yscale() for axis in axes[0]] == ["log", "linear", "symlog"]
+    assert [axis.get_yscale() for axis in axes[0]] == ["log", "linear", "asinh"]
     assert [axis.axison for axis in axes[1]] == [True, False, False]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert len(axes[0][0].lines) == 4  # each faint, and its average
