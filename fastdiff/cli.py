@@ -45,6 +45,12 @@ def main() -> None:
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
 
 
+def number(value: float) -> str:
+    """As one would type it: 1 for 1.0, and as many digits as it takes to read the same number again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Parse the command line into the dataclass `options` and call `function` with it.
 

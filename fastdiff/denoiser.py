@@ -14,6 +14,7 @@ from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
+MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
 
 
@@ -35,6 +36,8 @@ class DenoiserConfig:
     sigma_init: float | None = None
     """The noise level σ = tan φ from which a one-step generator starts."""
     class_names: tuple[str, ...] = ()
+    data: str = ""
+    """The fingerprint of the images that its teacher was trained on, by which models of one domain know each other."""
 
     def to_dict(self) -> dict:
         return asdict(self) | {"schedule": self.schedule.to_dict()}
@@ -55,6 +58,11 @@ class DenoiserConfig:
         if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
             raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
         return config
+
+
+def is_guidance(w: float) -> bool:
+    """Whether a number can be a guidance strength; NaN cannot."""
+    return 0 <= w <= MAX_GUIDANCE
 
 
 class Denoiser(nn.Module):

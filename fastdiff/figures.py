@@ -92,38 +92,46 @@ def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
         axes[1][column].set_xlabel("sampling steps")
     axes[0][0].set_ylabel("Fréchet distance")
     axes[1][0].set_ylabel("score")
-    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    _legend_below(figure, axes[0], 0.07)
     figure.savefig(path, dpi=110)
 
 
 def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
-    """Score against FD, each line one method and step count over the guidance strengths; one panel a step count."""
+    """Score against FD, each line one method over the guidance strengths; one panel a step count.
+
+    Dotted, in every panel: the method that is there with the most steps, with those.
+    """
     from matplotlib.ticker import NullFormatter
 
     most = max(row["steps"] for row in rows)
     counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)] or [most]
-    figure, axes = _subplots(len(counts), figsize=(3.6 * len(counts), 3.6), sharey=True)
+    figure, axes = _subplots(len(counts), figsize=(max(3.6 * len(counts), 7), 4), sharey=True)
     for axis, steps in zip(axes[0], counts, strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            for count, style in ((steps, "-"), (most, ":")):
+        for color, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            for count in dict.fromkeys((steps, most)):
                 points = [
                     (r["guidance"], r["fd"], r["score"]) for r in rows if (r["model"], r["steps"]) == (model, count)
                 ]
                 if len(points) > 1:
                     _, fd, score = zip(*sorted(points), strict=True)
-                    axis.plot(
-                        fd, score, style, marker="o", markersize=3, label=f"{model}, {count} step{'s' * (count > 1)}"
-                    )
+                    style = {"linestyle": "-", "label": model}
+                    if count != steps:
+                        style = {"linestyle": ":", "label": f"{model}, {count} steps"}
+                    axis.plot(fd, score, marker="o", markersize=3, color=f"C{color}", **style)
         axis.set(xscale="log", xlabel="Fréchet distance", title=f"{steps} step{'s' * (steps > 1)}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=6)
     axes[0][0].set_ylabel("score")
-    figure.tight_layout()
+    _legend_below(figure, axes[0], 0.12)
     figure.savefig(path, dpi=110)
+
+
+def _legend_below(figure, axes, height: float) -> None:
+    """One legend for all panels, on a share of the figure's height; a label of several panels stands there once."""
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, height, 1, 1))
 
 
 def _subplots(columns: int, *, rows: int = 1, **options):

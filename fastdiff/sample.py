@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import kernels
 from fastdiff import checkpoint, cli, data, distributed, figures, samplers
-from fastdiff.denoiser import Denoiser, Guided, with_guidance
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, Guided, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.graph import Captured
 from fastdiff.precision import Precision, autocast, choose
@@ -212,6 +212,8 @@ def _guidance(options: Options) -> Tensor:
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     if options.guidance_range is not None:
+        if options.guidance != (0.0,):
+            raise UserError("--guidance and --guidance-range both say what w is: give one of them")
         if options.sweep:
             raise UserError("--sweep takes the strengths of --guidance, not a --guidance-range: list them")
         return torch.linspace(*options.guidance_range, options.num)
@@ -247,15 +249,15 @@ def check_device(name: str) -> None:
         )
 
 
-def check_guidance(model: nn.Module, guidance: float) -> None:
+def check_guidance(model: nn.Module, guidance: float, name: str | Path = "this model") -> None:
     """Raises UserError for a w that makes no sense here, and warns of one outside the trained range."""
     trained = model.config.guidance_range
-    if guidance < 0 or not math.isfinite(guidance):
-        raise UserError(f"--guidance must be a number ≥ 0, got {guidance}")
+    if not is_guidance(guidance):
+        raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {guidance}")
     if guidance and not model.num_classes:
-        raise UserError(f"--guidance {guidance:g}: this model is unconditional, so there is nothing to guide; use 0")
+        raise UserError(f"--guidance {guidance:g}: {name} is unconditional, so there is nothing to guide; use 0")
     if trained is not None and not trained[0] <= guidance <= trained[1]:
-        warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where this model was trained")
+        warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
 
 
 def check_output(path: Path, overwrite: bool, *, file: bool) -> None:

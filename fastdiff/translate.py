@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff import checkpoint, cli, data, figures, samplers
+from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.precision import Precision, autocast, choose
 from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image, warn
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MODES = {1: "L", 3: "RGB"}
 STRIP_ROWS = 16
 
 
@@ -107,6 +109,10 @@ def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
     pair, undistilled = load_models(options)
     files = _files(options.images)
+    for taken in {_output(options, file, w).resolve() for file in files for w in options.guidance}.intersection(
+        file.resolve() for file in files
+    ):
+        raise UserError(f"--out {options.out}: the result would replace the original {taken}: choose another folder")
     pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
     check_output(options.out, options.overwrite, file=False)
     source, target = (
@@ -115,18 +121,19 @@ def main(options: Options) -> None:
     batch_size = options.batch_size
     precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
     how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
+    goes_back = options.encoder == options.decoder or same_domain(pair.encoder, pair.decoder)
     columns, rows = [pictures], []
     for w in options.guidance:
         columns.append(pair.translate(pictures, source, target, w, **how))
         for file, image in zip(files, columns[-1], strict=True):
-            save_image(image, options.out / f"{file.stem}-w{w:g}.png")
-        compared = {"pair": pair} if _same_domain(pair) else {}  # or else there is no way back to the pictures
+            save_image(image, _output(options, file, w))
+        compared = {"pair": pair} if goes_back else {}
         if undistilled is not None:
             compared["undistilled"] = pair.undistilled(undistilled, w)
         for name, one in compared.items():
             error = rmse(one.translate(pictures, source, source, w, **how), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
-            print(f"w = {w:g}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
+            print(f"w = {number(w)}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
     strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
     figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
     (options.out / "report.json").write_text(json.dumps({"images": len(files), "rows": rows}, indent=1) + "\n")
@@ -148,6 +155,8 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     check_device(options.device)
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
+    if encoder.image_shape[0] not in MODES:
+        raise UserError(f"{options.encoder} makes images of {_size(encoder)}, and picture files have 1 or 3 channels")
     models = [(encoder, options.encoder, options.from_label, "--from-label")]
     models += [(decoder, options.decoder, options.to_label, "--to-label")]
     undistilled = None
@@ -168,16 +177,16 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
                 f"{path} has another noise schedule than {options.encoder}: the noise of one is not the other's"
             )
         _check_label(model, path, label, option)
-    for model in dict.fromkeys(one for one, *_ in models):
+    for path, model in {path: model for model, path, *_ in models}.items():
         for w in options.guidance:
-            check_guidance(model, w)
+            check_guidance(model, w, path)
     return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
 
 
 def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Tensor:
     """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed."""
     channels, height, width = shape
-    mode = {1: "L", 3: "RGB"}[channels]
+    mode = MODES[channels]
     try:
         with Image.open(file) as picture:
             picture.load()
@@ -219,10 +228,14 @@ def _check_label(model: nn.Module, path: Path, label: int | None, option: str) -
         raise UserError(f"{option} {label}: {path} has {has}")
 
 
-def _same_domain(pair: Pair) -> bool:
-    """Whether the decoder knows the encoder's classes."""
-    names = [(model.num_classes, model.config.class_names) for model in (pair.encoder, pair.decoder)]
-    return names[0] == names[1]
+def same_domain(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both were trained on the same images, or, where one does not say on which, name the same classes."""
+    data, names = ({getattr(model.config, key) for model in (one, other)} for key in ("data", "class_names"))
+    return len(names) == 1 and (len(data) == 1 if "" not in data else names != {()})
+
+
+def _output(options: Options, file: Path, w: float) -> Path:
+    return options.out / f"{file.stem}-w{number(w)}.png"
 
 
 def _files(path: Path) -> list[Path]:

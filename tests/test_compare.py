@@ -17,8 +17,11 @@ from common import TINY, snapshot
 from PIL import Image
 from test_command_lines import assert_refused
 
-from fastdiff import figures
+from fastdiff import checkpoint, data, figures, samplers
+from fastdiff.denoiser import with_guidance
 from fastdiff.errors import UserError
+from fastdiff.sample import generate
+from fastdiff.schedule import CosineSchedule
 from fastdiff.translate import Pair
 from train import compare, loop, stage2, teacher
 
@@ -220,6 +223,28 @@ def test_reconstruction_is_measured_at_equal_and_at_twice_the_calls(results, rep
         ]
 
 
+def test_reconstruction_is_of_test_images_as_their_own_class(made, results):
+    """Written out for two pairs; DDIM's is the better one of those with and without the limit."""
+    test = data.load("digits", "test")
+    at = torch.arange(8) * len(test) // 8
+    x, label = data.to_float(torch.from_numpy(test.images)[at]), torch.from_numpy(test.labels)[at]
+    assert len(label.unique()) > 3
+
+    def error(encoder, decoder, w, steps, clip):
+        encoder, decoder = (with_guidance(checkpoint.load(made.out / name)) for name in (encoder, decoder))
+        with torch.no_grad():
+            z = samplers.encode(encoder, x, label, w, steps, schedule=CosineSchedule())
+            z = samplers.ddim(decoder, z, label, w, steps, schedule=CosineSchedule(), clip=clip)
+        return float((z - x).square().mean().sqrt())
+
+    found = {(row["pair"], row["guidance"]): row["rmse"] for row in results["reconstruction"]}
+    for w in STRENGTHS:
+        assert found[PAIRS[0], w] == pytest.approx(error("encoder/steps-8", "stage2/steps-8", w, 8, None), abs=2e-5)
+        steps = 8 if w else 16  # of two calls and of one
+        best = min(error("teacher", "teacher", w, steps, clip) for clip in (None, 1.0))
+        assert found["guided teacher, DDIM, twice the calls", w] == pytest.approx(best, abs=2e-5)
+
+
 def test_the_report_says_how_it_was_made(report, results):
     line = next(line for line in report.splitlines() if "python -m fastdiff.compare" in line)
     for option in ("--preset digits", "--num 16", "--seed 0"):
@@ -242,6 +267,28 @@ def test_the_figures_are_not_blank(made, report):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 30
 
 
+def test_panels_show_what_their_titles_say(made, monkeypatch):
+    """The same noise and classes in each, at the strength of the picture's name."""
+    saved = {}
+    monkeypatch.setattr(figures, "save_panels", lambda panels, path, **_: saved.update({path.name: dict(panels)}))
+    compare.draw({"rows": []}, replace(made, methods=("teacher", "stochastic")), SimpleNamespace(
+        dataset=SimpleNamespace(num_classes=10), floor=0.1))  # fmt: skip
+    assert set(saved) == {"samples-w0.png", "samples-w1.png"}
+    label, ids = torch.arange(10).repeat_interleave(5), torch.arange(5).repeat(10)
+    for name, w in (("samples-w0.png", 0.0), ("samples-w1.png", 1.0)):
+        assert list(saved[name]) == ["guided teacher, DDIM, 2"] + [f"stage 1 and 2, stochastic, {n}" for n in (8, 4, 1)]
+        for title, folder, sampler, steps in (
+            ("guided teacher, DDIM, 2", "teacher", "ddim", 2),
+            ("stage 1 and 2, stochastic, 4", "stochastic/steps-4", "stochastic", 4),
+        ):
+            model = with_guidance(checkpoint.load(made.out / folder))
+            images = generate(
+                model, num=50, labels=label, noise_ids=ids, guidance=w, steps=steps, sampler=sampler, seed=0
+            )
+            torch.testing.assert_close(saved[name][title], torch.cat(list(images)))
+    assert (saved["samples-w0.png"][title] != saved["samples-w1.png"][title]).any()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(made, results, monkeypatch, precision):
     """Once, they were float32 beside scores of bfloat16."""
@@ -261,7 +308,7 @@ def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(mad
     compare.draw({"rows": []}, options, SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1))
     timing = compare.time_all(options, results["rows"])
     errors = compare.reconstruction(options)
-    assert seen == [precision] * (4 + 6 * len(timing["rows"]) + 5)  # panels; timing, with warming up; pairs
+    assert seen == [precision] * (4 + 6 * len(timing["rows"]) + 9)  # panels; timing, with warming up; pairs
     exact = [row for row in results["reconstruction"] if row["guidance"] == 1]
     assert errors == exact or precision != "fp32"
 
@@ -357,7 +404,7 @@ def test_methods_are_trained_and_scored_as_asked_and_others_added_later(made, co
     both, report = json.loads((options.out / "results.json").read_text()), (options.out / "report.md").read_text()
     assert both["rows"][:5] == first["rows"] and len(both["reconstruction"]) == 5
     assert {row["model"] for row in both["timing"]["rows"]} == {"two students, w = 2"}  # times of one run, or none
-    assert "--methods teacher deterministic two-student encoder --guidance 1 2 --fixed-guidance 2 " in report
+    assert "--methods teacher deterministic two-student encoder --guidance 1 --fixed-guidance 2 " in report
     assert len(table(report, "FD")) == 1 + 4 + 1 + 4 and len(table(report, "Reconstruction")) == 1 + 5
 
 
@@ -367,6 +414,7 @@ def test_an_encoder_alone_is_a_report_of_reconstruction(made, counted, tmp_path)
     assert set(counted.updates) == {"teacher", "stage1", "stage2", "encoder"} and not counted.rows
     report = (tmp_path / "out/report.md").read_text()
     assert len(table(report, "Reconstruction")) == 1 + 5 and "](" not in report and "Wall-clock" not in report
+    assert "--methods encoder --guidance 0 1`" in report
 
 
 # --- timing, with a clock of its own ---
@@ -510,6 +558,54 @@ def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
     untimed = table(compare.report(results_of(rows), tmp_path), "Headline")[1:]
     assert [line[7:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
     assert compare.headline(results_of(rows[2:8])) == [] and "Headline" not in compare.report(results_of([]), tmp_path)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are made, for a look at their lines."""
+    made, subplots = [], figures._subplots
+
+    def kept(*arguments, **options):
+        made.append(subplots(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(figures, "_subplots", kept)
+    return made
+
+
+def lines_of(axis):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+
+
+def test_quality_against_steps_has_a_line_a_method_and_a_column_a_strength(tmp_path, drawn):
+    rows = [row(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w + steps / 8 + (name == "b"))
+            for name in ("a", "b") for steps in (4, 1, 2) for w in (0.0, 1.0)]  # fmt: skip
+    figures.plot_methods(rows[:-2], 0.1, tmp_path / "methods.png")  # b has no 2 steps
+    ((_, axes),) = drawn
+    for column, w in enumerate((0, 1)):
+        assert axes[0][column].get_title() == f"guidance w = {w}"
+        fd, score = (lines_of(axis) for axis in axes[:, column])
+        assert fd["a"] == ([1, 2, 4], [1 + w, 2 + w, 4 + w]) and fd["b"] == ([1, 4], [10 + w, 13 + w])
+        assert score["a"] == ([1, 2, 4], [5.125 - w, 5.25 - w, 5.5 - w]) and score["b"][1] == [6.125 - w, 6.5 - w]
+    assert (axes[0][0].get_ylabel(), axes[1][0].get_ylabel()) == ("Fréchet distance", "score")
+
+
+def test_the_trade_off_is_score_over_distance_with_one_colour_a_method(tmp_path, drawn):
+    rows = [
+        row(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w)
+        for name, counts in (("a", (1,)), ("b", (8, 4)), ("c", (1, 4)))
+        for steps in counts
+        for w in (2.0, 0.0, 1.0)
+    ]
+    figures.plot_trade_off(rows, tmp_path / "trade-off.png")
+    ((figure, axes),) = drawn
+    assert [axis.get_title() for axis in axes[0]] == ["1 step", "4 steps", "8 steps"]
+    one, four, eight = map(lines_of, axes[0])
+    assert one == {"a": ([1, 2, 3], [5, 4, 3]), "b, 8 steps": ([17, 18, 19], [5, 4, 3]), "c": ([1, 2, 3], [5, 4, 3])}
+    assert set(four) == {"b", "b, 8 steps", "c"} and four["b"][0] == [13, 14, 15] and set(eight) == {"b"}
+    colors = {(line.get_label()[0], line.get_color()) for axis in axes[0] for line in axis.lines}
+    assert len(colors) == 3 and len({color for _, color in colors}) == 3
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b, 8 steps", "c", "b"]
 
 
 def test_figures_of_a_single_strength_have_no_warning(tmp_path, recwarn):

@@ -241,6 +241,7 @@ def test_a_sweep_does_not_depend_on_the_batch(draw):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--guidance", 3, "--guidance-range", 0, 4], ["--guidance", "--guidance-range", "one of them"]),
         (["--sweep", "--guidance-range", 0, 4], ["--sweep", "--guidance-range", "list them"]),
         (["--sweep", "--guidance", 0, -1], ["--guidance", "-1"]),
         (["--sweep", "--guidance"], ["--guidance", "at least one"]),

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from fastdiff import checkpoint, cli, data, figures
-from fastdiff.denoiser import with_guidance
+from fastdiff.cli import number
+from fastdiff.denoiser import MAX_GUIDANCE, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
 from fastdiff.precision import Precision
@@ -31,8 +32,8 @@ NAMES = {  # of the tables' rows; those with a w of their own are scored at that
     "stage1": "stage 1 alone",
     "deterministic": "stage 1 and 2",
     "stochastic": "stage 1 and 2, stochastic",
-    "fixed": "fixed w = {w:g}",
-    "two-student": "two students, w = {w:g}",
+    "fixed": "fixed w = {w}",
+    "two-student": "two students, w = {w}",
     "sid": "SiD",
 }
 STUDENT_STEPS = (16, 8, 4, 2, 1)
@@ -110,8 +111,8 @@ def check(options: Options) -> None:
     check_device(options.device)
     if options.num < 2:
         raise UserError(f"--num {options.num}: a score needs at least 2 images")
-    if any(not 0 <= w < float("inf") for w in (*options.guidance, *options.fixed_guidance)):
-        raise UserError("--guidance and --fixed-guidance must be numbers ≥ 0")
+    if not all(map(is_guidance, (*options.guidance, *options.fixed_guidance))):
+        raise UserError(f"--guidance and --fixed-guidance must be numbers ≥ 0 and at most {MAX_GUIDANCE:g}")
     if not options.methods:
         raise UserError(f"--methods needs at least one of {', '.join(get_args(MethodName))}")
     if not options.guidance or not options.teacher_steps or min(options.teacher_steps) < 1:
@@ -145,11 +146,11 @@ def train_all(options: Options) -> None:
         stage2.train(run(stage2, "stochastic", teacher=at / "stage1", sampler="stochastic", **halving))
     for w in options.fixed_guidance:
         if "fixed" in asked:
-            fixed = f"fixed-w{w:g}"
+            fixed = f"fixed-w{number(w)}"
             stage1.train(run(stage1, f"{fixed}-stage1", updates=second, teacher=at / "teacher", guidance_range=(w, w)))
             stage2.train(run(stage2, fixed, teacher=at / f"{fixed}-stage1", **halving))
         if "two-student" in asked:
-            stage_two = run(two_student, f"two-student-w{w:g}", teacher=at / "teacher", guidance=w, **halving)
+            stage_two = run(two_student, f"two-student-w{number(w)}", teacher=at / "teacher", guidance=w, **halving)
             two_student.train(stage_two)
     if "sid" in asked:
         longest = LAST_ROUNDS * each
@@ -183,7 +184,7 @@ def _all_methods(options: Options) -> Iterator[Method]:
     at, every = options.out, options.guidance
 
     def line(key: str, letter: str, checkpoint: str, sampler: str, steps: int, guidance=every) -> Method:
-        name = NAMES[key].format(w=guidance[0])
+        name = NAMES[key].format(w=number(guidance[0]))
         return Method(key, name, letter, at / checkpoint, sampler, steps, guidance)
 
     for steps in reversed(STUDENT_STEPS):
@@ -191,8 +192,8 @@ def _all_methods(options: Options) -> Iterator[Method]:
         yield line("stochastic", "S", f"stochastic/steps-{steps}", "stochastic", steps)
         yield line("stage1", "D", "stage1", "ddim", steps)
         for w in options.fixed_guidance:
-            yield line("fixed", "D", f"fixed-w{w:g}/steps-{steps}", "ddim", steps, (w,))
-            yield line("two-student", "D", f"two-student-w{w:g}/steps-{steps}", "ddim", steps, (w,))
+            yield line("fixed", "D", f"fixed-w{number(w)}/steps-{steps}", "ddim", steps, (w,))
+            yield line("two-student", "D", f"two-student-w{number(w)}/steps-{steps}", "ddim", steps, (w,))
     yield line("sid", "D", "sid", "one_step", 1)
     for steps in sorted(options.teacher_steps):
         yield line("teacher", "D", "teacher", "ddim", steps)
@@ -221,7 +222,10 @@ def find(rows: list[dict], name: str, steps: int, w: float) -> dict | None:
 
 
 def reconstruction(options: Options) -> list[dict]:
-    """A -> A through the distilled encoder and decoder, and by DDIM with as many and with twice as many calls."""
+    """A -> A through the distilled encoder and decoder, and by DDIM with as many and with twice as many calls.
+
+    DDIM's error is the smaller one of those with and without a limit on x̂, which strong guidance decides differently.
+    """
     dataset = data.load(options.preset, "test")
     evenly = torch.arange(RECONSTRUCTED) * len(dataset) // RECONSTRUCTED
     images = data.to_float(torch.from_numpy(dataset.images[evenly.numpy()]))
@@ -238,7 +242,10 @@ def reconstruction(options: Options) -> list[dict]:
             pairs[f"{name}, DDIM, as many calls"] = distilled.undistilled(model, w)
             pairs[f"{name}, DDIM, twice the calls"] = distilled.undistilled(model, w, factor=2)
         for name, pair in pairs.items():
-            error = rmse(pair.translate(images, labels, labels, w, precision=options.precision), images)
+            error = min(
+                rmse(pair.translate(images, labels, labels, w, clip=clip, precision=options.precision), images)
+                for clip in ((True, False) if pair is not distilled else (False,))
+            )
             rows.append({"pair": name, "guidance": w, "calls": pair.calls(w), "rmse": round(error, 5)})
     return rows
 
@@ -328,7 +335,7 @@ def report(results: dict, out: Path) -> str:
         *_timing_table(results), *_reconstruction_table(results), "## Figures", "",
     ]  # fmt: skip
     names = {"quality-vs-steps.png": "quality against steps", "trade-off.png": "trade-off"}
-    names |= {f"samples-w{w:g}.png": f"samples at w = {w:g}" for w in _strengths(rows)}
+    names |= {f"samples-w{number(w)}.png": f"samples at w = {number(w)}" for w in _strengths(rows)}
     pictures = [f"![{text}]({name})" for name, text in names.items() if (out / name).is_file()]
     return "\n".join(lines) + "\n\n".join(pictures) + "\n"
 
@@ -336,16 +343,20 @@ def report(results: dict, out: Path) -> str:
 def command(results: dict) -> str:
     """The command that makes what `results` holds, which may have taken several."""
     rows, made = results["rows"], results["options"]
-    of = {key: [row for row in rows if row["model"] == name.format(w=row["guidance"])] for key, name in NAMES.items()}
+    name = lambda key, w: NAMES[key].format(w=number(w))  # noqa: E731
+    of = {key: [row for row in rows if row["model"] == name(key, row["guidance"])] for key in NAMES}
     of["encoder"] = results.get("reconstruction", [])
+    at_one = of["fixed"] + of["two-student"]
+    at_all = [row for key, found in of.items() if key not in ("fixed", "two-student") for row in found]
     given = {key: [made[key]] for key in ("preset", "num", "seed", "precision")} | {
         "updates": made["updates"],
         "methods": [key for key, found in of.items() if found],
-        "guidance": _strengths(rows),
-        "fixed-guidance": _strengths(of["fixed"] + of["two-student"]),
+        "guidance": _strengths(at_all),
+        "fixed-guidance": _strengths(at_one),
         "teacher-steps": sorted({row["steps"] for row in of["teacher"] + of["ancestral"]}, reverse=True),
     }
-    values = {key: " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in some) for key, some in given.items()}
+    text = lambda value: number(value) if isinstance(value, float) else str(value)  # noqa: E731
+    values = {key: " ".join(map(text, some)) for key, some in given.items()}
     return " ".join(["python -m fastdiff.compare", *(f"--{key} {text}" for key, text in values.items() if text)])
 
 
@@ -385,7 +396,7 @@ def _headline_table(results: dict) -> list[str]:
     ]  # fmt: skip
     for line in found:
         student = line["student"]
-        cells = [f"{line['guidance']:g}", *(f"{line['teacher'][key]:.2f}" for key in ("fd", "score"))]
+        cells = [number(line["guidance"]), *(f"{line['teacher'][key]:.2f}" for key in ("fd", "score"))]
         cells += [student["model"], str(student["steps"])] if student else ["none", ""]
         cells += [f"{student[key]:.2f}" if student else "" for key in ("fd", "score")]
         cells += [_number(line["calls"]), _number(line["seconds"])]
@@ -395,7 +406,7 @@ def _headline_table(results: dict) -> list[str]:
 
 def _quality_table(rows: list[dict], title: str, key: str) -> list[str]:
     strengths = _strengths(rows)
-    columns = " | ".join(f"w = {w:g}" for w in strengths)
+    columns = " | ".join(f"w = {number(w)}" for w in strengths)
     lines = [f"## {title}", "", f"| method | D/S | steps | calls | {columns} |"]
     lines += ["|---|---|---:|---:|" + "---:|" * len(strengths)]
     for name, steps, start in _lines(rows):
@@ -433,11 +444,12 @@ def _reconstruction_table(results: dict) -> list[str]:
     rows = sorted(results.get("reconstruction", []), key=lambda row: row["guidance"])
     if not rows:
         return []
-    columns = [f"w = {w:g}: calls | error" for w in _strengths(rows)]
+    columns = [f"w = {number(w)}: calls | error" for w in _strengths(rows)]
     table: dict[str, list[str]] = {}
     for row in rows:
         table.setdefault(row["pair"], []).append(f"{row['calls']} | {row['rmse']:.4f}")
-    lines = ["Test images encoded and decoded as their own class; root mean squared error.", ""]
+    lines = ["Test images encoded and decoded as their own class; root mean squared error, for DDIM with or without a "
+             "limit on the predicted image, whichever is less.", ""]  # fmt: skip
     lines += ["| pair | " + " | ".join(columns) + " |", "|---|" + "---:|---:|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
     return ["## Reconstruction", "", *lines, ""]
@@ -487,7 +499,7 @@ def draw(results: dict, options: Options, reference: Reference) -> None:
                 precision=options.precision,
             )  # fmt: skip
             panels.append((f"{method.name}, {method.steps}", torch.cat([part.cpu() for part in images])))
-        figures.save_panels(panels, options.out / f"samples-w{w:g}.png", columns=columns)
+        figures.save_panels(panels, options.out / f"samples-w{number(w)}.png", columns=columns)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import torch
 
 from fastdiff import checkpoint, cli, data, distill
-from fastdiff.denoiser import Denoiser, Guided, require_fit
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, Guided, is_guidance, require_fit
 from fastdiff.errors import UserError
 from train import loop
 
@@ -52,8 +51,8 @@ def train(options: Options) -> Denoiser | None:
     """Run or continue the recipe; returns the student. Raises UserError."""
     options.check()
     low, high = options.guidance_range
-    if not 0 <= low <= high < math.inf:
-        raise UserError(f"--guidance-range must be two numbers 0 ≤ low ≤ high, got {low:g} {high:g}")
+    if not (is_guidance(low) and is_guidance(high) and low <= high):
+        raise UserError(f"--guidance-range must be two numbers 0 ≤ low ≤ high ≤ {MAX_GUIDANCE:g}, got {low:g} {high:g}")
     teacher = checkpoint.load(options.teacher, device=options.device)
     if not teacher.num_classes:
         raise UserError(

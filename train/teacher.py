@@ -112,8 +112,9 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         guidance_input=False,
     )
     config = DenoiserConfig(
-        unet, schedule.SCHEDULES[options.schedule](), options.parameterization, class_names=dataset.class_names
-    )
+        unet, schedule.SCHEDULES[options.schedule](), options.parameterization, class_names=dataset.class_names,
+        data=dataset.fingerprint,
+    )  # fmt: skip
     loop.check_buildable(config)
     return config
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdiff import checkpoint, cli, distill
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, is_guidance
 from fastdiff.errors import UserError
 from train import rounds
 from train.rounds import PRESETS
@@ -30,8 +29,8 @@ def train(options: Options) -> Denoiser | None:
     """Run or continue the rounds that are not finished; returns the last student. Raises UserError."""
     rounds.check(options)
     w = options.guidance
-    if not (w >= 0 and math.isfinite(w)):
-        raise UserError(f"--guidance must be a number ≥ 0, got {w}")
+    if not is_guidance(w):
+        raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {w}")
     teacher = checkpoint.load(options.teacher, device=options.device)
     if teacher.config.kind not in ("teacher", "two_student") or not teacher.num_classes:
         what = f"a model of kind {teacher.config.kind}" if teacher.num_classes else "unconditional"
