@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
 MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
+NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
+"""By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded.
+
+network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), the
+angle over π/2, for EDM's F log(tan φ)/4; label (B,) int64, num_classes for the null class, None for models without
+classes; guidance (B,), None for w = 0 and where the config has no guidance_input. Of the config, image_size,
+image_channels, num_classes and guidance_input say what it has to fit. With the guidance input a network has the weights
+of the one without, and more, which at first should change nothing.
+"""
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
 
 
@@ -36,6 +46,8 @@ class DenoiserConfig:
     sigma_init: float | None = None
     """The noise level σ = tan φ from which a one-step generator starts."""
     class_names: tuple[str, ...] = ()
+    network: str = "unet"
+    """Which of NETWORKS is built from `unet`."""
     data: str = ""
     """The fingerprint of the images that its teacher was trained on, by which models of one domain know each other."""
 
@@ -57,6 +69,10 @@ class DenoiserConfig:
             raise ValueError(str(error)) from None
         if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
             raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
+        if config.network not in NETWORKS:
+            raise ValueError(
+                f"its network {config.network!r} is not in fastdiff.denoiser.NETWORKS: enter what builds it"
+            )
         return config
 
 
@@ -75,7 +91,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig, network: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.network = UNet(config.unet) if network is None else network
+        self.network = NETWORKS[config.network](config.unet) if network is None else network
         self.network_rows = 0
 
     @property

@@ -36,8 +36,9 @@ INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later str
 @torch.no_grad()
 def generate(
     model: nn.Module, *, num: int, labels: Tensor | None = None, noise_ids: Tensor | None = None,
-    guidance: float | Tensor | None = None, steps: int, sampler: str = "ddim", variance: float = 0.3, seed: int = 0,
-    batch_size: int = 256, clip: bool = True, precision: str = "fp32", graph: bool = False,
+    guidance: float | Tensor | None = None, steps: int | None = None, sampler: str | None = None,
+    variance: float = 0.3, seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
+    graph: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield `num` images in chunks (B, C, H, W), float32 on the model's device, so that memory does not grow with num.
 
@@ -45,9 +46,17 @@ def generate(
 
     labels: (num,) int64, default 0, 1, …, num_classes − 1, 0, …; guidance: a number or (num,). noise_ids: (num,)
     int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance), whatever the chunk size.
+    steps, sampler: default: what the model was trained for, 64 steps of ddim for teachers, which guidance takes two
+    calls a step. Raises ValueError for an encoder.
     variance: the ancestral sampler's γ. clip: limit x̂ to [−1, 1] in every step. graph: replay the loop of all steps
     as one CUDA graph, from the second chunk on (`graph.Captured`); raises ValueError where the model is on no GPU.
     """
+    if isinstance(model, Denoiser):
+        model = with_guidance(model)
+    sampler = sampler or model.config.sampler
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
+    steps = steps or model.config.steps or TEACHER_STEPS
     draw = SAMPLERS[sampler]
     if sampler == "ancestral":
         draw = partial(draw, variance=variance)

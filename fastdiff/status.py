@@ -18,6 +18,7 @@ import tyro
 
 from fastdiff import checkpoint, cli
 from fastdiff.errors import UserError
+from fastdiff.sample import warn
 
 SIGNS_OF_LIFE = (
     "config.json", "metrics.jsonl", "scores.jsonl", "samples-*.png", f"{checkpoint.PREFIX}*",
@@ -33,7 +34,7 @@ APART = ("out", "resume", "overwrite", "dry_run", "preset")  # options that the 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The folders of runs."""
+    """The folders of runs, or folders of such folders, as the demo and fastdiff.compare make."""
     json: bool = False
     """Print a list of JSON objects, one a run."""
 
@@ -42,7 +43,16 @@ def main(options: Options) -> None:
     """Tell where runs are, whether they are alive, when they will be done, and how to continue them."""
     if not options.runs:
         raise UserError("no run is named: fastdiff status runs/teacher")
-    found = [status(run) for run in options.runs]
+    found, wrong = [], []
+    for run in (run for folder in options.runs for run in _runs(folder)):
+        try:
+            found.append(status(run))
+        except UserError as error:
+            wrong.append(str(error))
+    if not found:
+        raise UserError(wrong[0])
+    for error in wrong:
+        warn(error)
     print(json.dumps(found, indent=1) if options.json else "\n\n".join(map(describe, found)))
 
 
@@ -132,6 +142,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def _runs(folder: Path) -> list[Path]:
+    """The folder, or the runs in it where it is none itself but holds some."""
+    inside = [] if (folder / "config.json").exists() else sorted(path.parent for path in folder.glob("*/config.json"))
+    return inside or [folder]
+
+
 def read_config(run: Path) -> dict:
     """A run's config.json. Raises UserError where there is no run."""
     path = run / "config.json"
@@ -139,7 +155,7 @@ def read_config(run: Path) -> dict:
         config = json.loads(path.read_bytes())
         if isinstance(config["options"]["updates"], int):
             return config
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run} holds no run of fastdiff (no config.json): name the --out of one") from None
     except (OSError, ValueError, KeyError, TypeError):
         pass

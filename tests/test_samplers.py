@@ -415,6 +415,31 @@ def test_clip_is_on_unless_switched_off(steps):
     assert default.abs().max() <= 1 < off.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("config", "steps", "sampler"),
+    [({"guidance_range": (0.0, 4.0), "steps": 3}, 3, "ddim"),
+     ({"guidance_range": (0.0, 4.0), "steps": 4, "sampler": "stochastic"}, 4, "stochastic"),
+     ({"guidance_range": (0.0, 4.0), "kind": "sid", "steps": 1, "sampler": "one_step", "sigma_init": 2.5}, 1,
+      "one_step"),
+     ({}, 64, "ddim"), ({"kind": "stage1", "guidance_range": (0.0, 4.0)}, 64, "ddim")],
+    ids=["deterministic", "stochastic", "SiD", "teacher", "stage 1"],
+)  # fmt: skip
+def test_a_model_is_sampled_as_it_was_trained(config, steps, sampler):
+    """Without a word about it; once, all were taken through ddim, and a bare teacher ignored its guidance."""
+    denoiser, how = tiny(**config), {"num": 4, "guidance": 1.5, "seed": 5}
+    found = torch.cat(list(generate(denoiser, **how)))
+    calls = denoiser.network_rows
+    expected = torch.cat(list(generate(with_guidance(denoiser), steps=steps, sampler=sampler, **how)))
+    assert torch.equal(found, expected) and calls == 4 * steps * (2 if config == {} else 1)
+    if config == {}:
+        assert (found - torch.cat(list(generate(denoiser, **(how | {"guidance": None}))))).abs().max() > 1e-3
+
+
+def test_an_encoder_generates_nothing():
+    with pytest.raises(ValueError, match="'encode' is none of ddim"):
+        next(generate(tiny(kind="encoder", sampler="encode", steps=4, guidance_range=(0.0, 4.0)), num=1))
+
+
 def test_generate_makes_images_only_when_asked(model):
     chunks = generate(model, num=7, steps=2, batch_size=3)
     assert inspect.isgenerator(chunks)

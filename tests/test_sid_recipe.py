@@ -180,7 +180,7 @@ REFUSED = [
     (["--teacher", "{stage2}"], ["stage2 model", "train.stage1"]),
     (["--teacher", "{teacher}", "--guidance-range", "0", "4"], ["--guidance-range", "train.stage1"]),
     (["--teacher", "{teacher}", "--class-frequencies", "1", "2"], ["--class-frequencies", "2 numbers", "10 classes"]),
-    (["--teacher", "{teacher}", "--data", "nowhere"], ["nowhere"]),
+    (["--teacher", "{teacher}", "--data", "nowhere"], ["nowhere", "only score", "--data None"]),
     (["--teacher", "{teacher}", "--preset", "cifar11"], ["cifar11", "cifar10", "afhqv2-64"]),
 ]
 

@@ -351,6 +351,21 @@ def test_several_runs_in_words_and_as_json(tmp_path, monkeypatch, capsys):
     assert code == 0 and [one["run"] for one in found] == list(map(str, runs)) and found[0]["update"] == 100
 
 
+def test_runs_in_a_folder_are_found_and_what_is_none_stops_nothing(tmp_path, monkeypatch, capsys):
+    """After `make demo`, `fastdiff.status runs/*` once said that runs/demo is no run, and no more."""
+    alone = make_teacher(tmp_path, out=tmp_path / "runs/alone")
+    inside = [make_teacher(tmp_path, out=tmp_path / "runs/demo" / name) for name in ("sid", "teacher")]
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/results.json").write_text("mine")
+    code, out, err = call(monkeypatch, capsys, "status", *sorted((tmp_path / "runs").iterdir()))
+    assert code == 0 and [block.split(":")[0] for block in out.split("\n\n")] == list(map(str, [alone, *inside]))
+    warnings = err.splitlines()
+    assert [line.split(" holds")[0] for line in warnings] == [
+        f"warning: {tmp_path / 'runs' / name}" for name in ("notes", "results.json")
+    ]
+    assert call(monkeypatch, capsys, "status", tmp_path / "runs")[1].count("\n\n") == 0  # one below, no deeper
+
+
 @pytest.mark.parametrize("command", ["status", "plot"])
 @pytest.mark.parametrize("content", [None, "", "[]", '{"options": 3}', '{"options": {"updates": "many"}}'])
 def test_what_is_no_run_is_named(tmp_path, monkeypatch, capsys, command, content):

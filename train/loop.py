@@ -145,6 +145,12 @@ class LoopOptions:
     dry_run: bool = False
     """Print what would be done (model, updates, memory) and stop."""
 
+    def __post_init__(self):
+        """A path may be given as text in Python, too."""
+        for item in fields(self):
+            if "Path" in str(item.type) and isinstance(getattr(self, item.name), str):
+                object.__setattr__(self, item.name, Path(getattr(self, item.name)))
+
     def check(self) -> None:
         """Raises UserError for options that make no sense."""
         for name in ("updates", "batch_size", "accumulate", "lr", "save_every", "log_every", "keep"):

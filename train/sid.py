@@ -36,7 +36,7 @@ class Options(loop.LoopOptions):
     teacher: Path
     """A run of train.teacher, or of train.stage1 for a generator that takes w."""
     data: str | None = None
-    """Only to score the generator with; no image is read for training."""
+    """Only to score the generator with; no image is read for training, and None takes none at all."""
     guidance_range: tuple[float, float] | None = None
     """Guidance strengths w to learn, of a stage-1 teacher; default: all of its own."""
     class_frequencies: tuple[float, ...] = ()
@@ -105,7 +105,7 @@ def train(options: Options) -> Denoiser | None:
     check(options)
     teacher = checkpoint.load(options.teacher, device=options.device)
     config = check_teacher(teacher, options)
-    dataset = data.load(options.data, "train") if options.data else None
+    dataset = _data(options)
     if dataset is not None:
         require_fit(teacher, dataset, options.teacher)
     if options.dry_run:
@@ -119,6 +119,13 @@ def train(options: Options) -> Denoiser | None:
     torch.manual_seed(options.seed)
     updaters, batches = learning(teacher, options)
     return loop.run(updaters, batches, options, "sid", watch=scorer(teacher, dataset, config, options))
+
+
+def _data(options: Options) -> data.Dataset | None:
+    try:
+        return data.load(options.data, "train") if options.data else None
+    except UserError as error:
+        raise UserError(f"{error}; it would only score the generator, and --data None does without") from None
 
 
 def check(options: Options) -> None:
