@@ -150,7 +150,13 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
     a logarithmic axis of images too.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import AsinhLocator, FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import AsinhLocator, FuncFormatter, LogFormatter, LogLocator, NullFormatter
+
+    class Plain(LogFormatter):
+        """Where the usual one writes 2 × 10⁰, 2."""
+
+        def __call__(self, value, position=None):
+            return f"{value:g}" if super().__call__(value, position) else ""
 
     columns = max(map(len, rows))
     figure, axes = _subplots(columns, rows=len(rows), figsize=(max(4.2 * columns, 6), 3.1 * len(rows) + 0.5))
@@ -169,6 +175,8 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             elif least > 0 and title != "learning rate":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(Plain())
+                axis.yaxis.set_minor_formatter(Plain())
             for label, points in lines.items():
                 _curve(axis, np.array(points, dtype=float), colors[label])
             axis.set(xlabel="thousands of images", xscale="log" if title == "Fréchet distance" else "linear")
