@@ -75,6 +75,8 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
 
 def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     """FD (upper row) and score (lower row) against steps, one column a guidance strength, one line a method."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     strengths = sorted({row["guidance"] for row in rows})
     figure, axes = _subplots(len(strengths), rows=2, figsize=(3.6 * len(strengths), 6.4), sharey="row", sharex=True)
     methods = list(dict.fromkeys(row["model"] for row in rows))
@@ -86,6 +88,9 @@ def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{color}", label=model)
             axis.set(xscale="log", yscale="log" if key == "fd" else "linear")
+            axis.xaxis.set_major_locator(LogLocator(base=2, numticks=16))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.tick_params(axis="x", labelsize=7)
             axis.grid(alpha=0.3)
         axes[0][column].axhline(floor, color="grey", linestyle=":", linewidth=1)
         axes[0][column].set_title(f"guidance w = {strength:g}")
