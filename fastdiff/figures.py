@@ -53,8 +53,6 @@ def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, colum
 
 def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     """Fréchet distance against network calls per image, log axes; one panel a guidance strength, one line a model."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     strengths = sorted({row["guidance"] for row in rows})
     figure, axes = _subplots(len(strengths), figsize=(4 * len(strengths), 3.4), sharey=True)
     for axis, strength in zip(axes[0], strengths, strict=True):
@@ -63,9 +61,8 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=model)
         axis.axhline(floor, color="grey", linestyle=":", linewidth=1, label="one half of the data against the other")
-        axis.set(xscale="log", yscale="log", xlabel="network calls per image", title=f"guidance w = {strength:g}")
-        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=16))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(yscale="log", xlabel="network calls per image", title=f"guidance w = {strength:g}")
+        _doubling(axis)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("Fréchet distance")
     axes[0][0].legend(fontsize=8)
@@ -75,8 +72,6 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
 
 def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     """FD (upper row) and score (lower row) against steps, one column a guidance strength, one line a method."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     strengths = sorted({row["guidance"] for row in rows})
     figure, axes = _subplots(len(strengths), rows=2, figsize=(3.6 * len(strengths), 6.4), sharey="row", sharex=True)
     methods = list(dict.fromkeys(row["model"] for row in rows))
@@ -87,9 +82,8 @@ def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
                 points = sorted((r["steps"], r[key]) for r in here)
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{color}", label=model)
-            axis.set(xscale="log", yscale="log" if key == "fd" else "linear")
-            axis.xaxis.set_major_locator(LogLocator(base=2, numticks=16))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set(yscale="log" if key == "fd" else "linear")
+            _doubling(axis)
             axis.tick_params(axis="x", labelsize=7)
             axis.grid(alpha=0.3)
         axes[0][column].axhline(floor, color="grey", linestyle=":", linewidth=1)
@@ -129,6 +123,15 @@ def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
     axes[0][0].set_ylabel("score")
     _legend_below(figure, axes[0], 0.12)
     figure.savefig(path, dpi=110)
+
+
+def _doubling(axis) -> None:
+    """A logarithmic axis of steps or calls, with numbers at 1, 2, 4, …"""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(base=2, numticks=16))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend_below(figure, axes, height: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,9 +144,13 @@ class SamplingOptions:
                 "leave the option out, or use another all the same with --force"
             )
         if self.steps is not None and trained is not None and self.steps != trained:
-            warn(f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse")
+            checkpoint.warn(
+                f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse"
+            )
         if self.sampler == "heun" and isinstance(denoiser.schedule, CosineSchedule):
-            warn(f"heun's first step is too long on the cosine schedule of {self.checkpoint}: ddim makes better images")
+            checkpoint.warn(
+                f"heun's first step is too long on the cosine schedule of {self.checkpoint}: ddim makes better images"
+            )
         return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS, self.sampler or sampler
 
 
@@ -266,7 +269,7 @@ def check_guidance(model: nn.Module, guidance: float, name: str | Path = "this m
     if guidance and not model.num_classes:
         raise UserError(f"--guidance {guidance:g}: {name} is unconditional, so there is nothing to guide; use 0")
     if trained is not None and not trained[0] <= guidance <= trained[1]:
-        warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
+        checkpoint.warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
 
 
 def check_output(path: Path, overwrite: bool, *, file: bool) -> None:
@@ -286,10 +289,6 @@ def make_folder(path: Path) -> None:
         raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): choose another one") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"--out: the folder {path} is not writable: choose another one")
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _labels(options: Options, num_classes: int) -> Tensor:

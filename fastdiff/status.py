@@ -18,7 +18,6 @@ import tyro
 
 from fastdiff import checkpoint, cli
 from fastdiff.errors import UserError
-from fastdiff.sample import warn
 
 SIGNS_OF_LIFE = (
     "config.json", "metrics.jsonl", "scores.jsonl", "samples-*.png", f"{checkpoint.PREFIX}*",
@@ -52,7 +51,7 @@ def main(options: Options) -> None:
     if not found:
         raise UserError(wrong[0])
     for error in wrong:
-        warn(error)
+        checkpoint.warn(error)
     print(json.dumps(found, indent=1) if options.json else "\n\n".join(map(describe, found)))
 
 

@@ -16,7 +16,7 @@ from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.precision import Precision, autocast, choose
-from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image, warn
+from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -216,7 +216,7 @@ def _load(path: Path, option: str, steps: int | None, device: str) -> tuple[nn.M
             + ("give one of train.encoder or an undistilled one" if wanted == "encode" else "give one for ddim")
         )
     if steps is not None and trained is not None and steps != trained:
-        warn(f"{option} {path} was trained for {trained} steps; with {steps} the pictures will be worse")
+        checkpoint.warn(f"{option} {path} was trained for {trained} steps; with {steps} the pictures will be worse")
     return with_guidance(denoiser), steps or trained or TEACHER_STEPS
 
 

@@ -343,8 +343,10 @@ def report(results: dict, out: Path) -> str:
 def command(results: dict) -> str:
     """The command that makes what `results` holds, which may have taken several."""
     rows, made = results["rows"], results["options"]
-    name = lambda key, w: NAMES[key].format(w=number(w))  # noqa: E731
-    of = {key: [row for row in rows if row["model"] == name(key, row["guidance"])] for key in NAMES}
+    of = {
+        key: [row for row in rows if row["model"] == name.format(w=number(row["guidance"]))]
+        for key, name in NAMES.items()
+    }
     of["encoder"] = results.get("reconstruction", [])
     at_one = of["fixed"] + of["two-student"]
     at_all = [row for key, found in of.items() if key not in ("fixed", "two-student") for row in found]
@@ -355,8 +357,10 @@ def command(results: dict) -> str:
         "fixed-guidance": _strengths(at_one),
         "teacher-steps": sorted({row["steps"] for row in of["teacher"] + of["ancestral"]}, reverse=True),
     }
-    text = lambda value: number(value) if isinstance(value, float) else str(value)  # noqa: E731
-    values = {key: " ".join(map(text, some)) for key, some in given.items()}
+    values = {
+        key: " ".join(number(value) if isinstance(value, float) else str(value) for value in some)
+        for key, some in given.items()
+    }
     return " ".join(["python -m fastdiff.compare", *(f"--{key} {text}" for key, text in values.items() if text)])
 
 
