@@ -109,10 +109,11 @@ def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
     pair, undistilled = load_models(options)
     files = _files(options.images)
-    for taken in {_output(options, file, w).resolve() for file in files for w in options.guidance}.intersection(
-        file.resolve() for file in files
-    ):
-        raise UserError(f"--out {options.out}: the result would replace the original {taken}: choose another folder")
+    written = {options.out / "strip.png", *(_output(options, file, w) for file in files for w in options.guidance)}
+    if replaced := {path.resolve() for path in written} & {file.resolve() for file in files}:
+        raise UserError(
+            f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
+        )
     pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
     check_output(options.out, options.overwrite, file=False)
     source, target = (
