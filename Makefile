@@ -13,12 +13,12 @@ demo: $(READY)
 # Triton decides when it is imported whether to interpret its kernels: they have a process of their own.
 test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/fused
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/fused
 
 # Kills, signals, full drives and damage at other moments each time; `make test` has a short form of it.
 faults: $(READY)
-	FASTDIFF_FAULTS=long $(BIN)/python -m pytest $(PARALLEL) tests/test_faults.py tests/test_checkpoint.py
-	$(BIN)/python -m pytest tests/test_distributed.py -k dies
+	FASTDIFF_FAULTS=long $(BIN)/python -m pytest $(PARALLEL) tests/train/test_faults.py tests/fastdiff/test_checkpoint.py
+	$(BIN)/python -m pytest tests/train/test_distributed.py -k dies
 
 lint: $(READY)
 	$(BIN)/ruff check .

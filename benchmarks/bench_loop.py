@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, data, distill, memory
+from fastdiff import checkpoint, data, memory
 from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.losses import regression
 from fastdiff.unet import PRESETS
 from train import loop, sid, teacher
 
@@ -60,7 +61,7 @@ def sid_passes(teacher: Denoiser, device: torch.device):
 def teacher_update(denoiser: Denoiser, device: torch.device):
     """(an update of the loop; the same network's passes and optimizer step alone)."""
     options = teacher.Options(out=Path("unused"), batch_size=BATCH, device=str(device), ema=0.999)
-    loss = partial(distill.teacher, label_drop=0.1)
+    loss = partial(regression.teacher, label_drop=0.1)
     updater = loop.Updater(options, copy.deepcopy(denoiser), lambda model, batch: loss(model, batch))
     batches = loop.ImageBatches(data.load("digits"), options, 0, device)
     bare = copy.deepcopy(denoiser).train()
@@ -109,7 +110,7 @@ def save_ratio(denoiser: Denoiser, device: torch.device) -> float:
     """
     with tempfile.TemporaryDirectory() as folder, checkpoint.Writer() as writer:
         options = teacher.Options(out=Path(folder), batch_size=BATCH, device=str(device), ema=0.999)
-        updater = loop.Updater(options, copy.deepcopy(denoiser), partial(distill.teacher, label_drop=0.1))
+        updater = loop.Updater(options, copy.deepcopy(denoiser), partial(regression.teacher, label_drop=0.1))
         batches = loop.ImageBatches(data.load("digits"), options, 0, device)
         times = {True: [], False: []}
         for trial in range(2 * SAVES + 2):

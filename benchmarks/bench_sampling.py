@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import distill, samplers
+from fastdiff import samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
+from fastdiff.losses import regression
+from fastdiff.losses.batch import Batch
 from fastdiff.unet import PRESETS
 from train import loop, stage1
 
@@ -42,9 +44,9 @@ def test_step(benchmark, models, name):
 @pytest.mark.parametrize("name", ["teacher", "stage1", "stage2"])
 def test_update(benchmark, models, name):
     losses = {
-        "teacher": distill.teacher,
-        "stage1": lambda m, b: distill.stage1(m, models["guided"], b, guidance_range=(0.0, 4.0)),
-        "stage2": lambda m, b: distill.stage2(m, models["student"], b, steps=8, guidance_range=(0.0, 4.0)),
+        "teacher": regression.teacher,
+        "stage1": lambda m, b: regression.stage1(m, models["guided"], b, guidance_range=(0.0, 4.0)),
+        "stage2": lambda m, b: regression.stage2(m, models["student"], b, steps=8, guidance_range=(0.0, 4.0)),
     }
     config = replace(DenoiserConfig(PRESETS["digits"]), kind=name)
     if name != "teacher":
@@ -52,7 +54,7 @@ def test_update(benchmark, models, name):
     options = loop.LoopOptions(out=Path("unused"), batch_size=BATCH)
     updater = loop.Updater(options, Denoiser(config), losses[name])
     x = torch.randn(BATCH, 1, 8, 8).contiguous(memory_format=torch.channels_last)
-    batch = distill.Batch(x, torch.arange(BATCH) % 10, torch.arange(BATCH), seed=0)
+    batch = Batch(x, torch.arange(BATCH) % 10, torch.arange(BATCH), seed=0)
     benchmark(updater.update, batch)
     updater.check_finite()
     assert updater.update_count > 0

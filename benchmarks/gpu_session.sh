@@ -15,15 +15,15 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 out=${1:-results}
-together=(tests/test_graph.py tests/test_recipes.py::test_an_update_never_waits_for_the_device)
+together=(tests/fastdiff/test_graph.py tests/train/test_recipes.py::test_an_update_never_waits_for_the_device)
 
 if [ -n "$dry_run" ]; then
     echo "DRY RUN in Triton's interpreter on tiny shapes: no time below says anything about a GPU"
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= tiny=--tiny
-    tests=(tests/fused/test_shim.py "${together[@]}")
+    tests=(tests/kernels/fused/test_shim.py "${together[@]}")
 elif "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     tiny=
-    tests=(tests/fused "${together[@]}")
+    tests=(tests/kernels/fused "${together[@]}")
 else
     echo "gpu_session.sh: PyTorch sees no GPU here; run it where there is one, or try its parts with --dry-run" >&2
     exit 2

@@ -26,8 +26,8 @@ import kernels
 from benchmarks import eager
 
 try:
+    from kernels.fused.launch import INTERPRETED, Launch
     from kernels.inspect import CASES, Case, inspect, kernel_name, launches
-    from kernels.launch import INTERPRETED, Launch
 except ImportError as error:
     if __name__ != "__main__":
         raise

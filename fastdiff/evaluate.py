@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import cli, data, distributed, metrics
+from fastdiff import checks, cli, data, distributed, metrics
 from fastdiff.denoiser import require_fit
 from fastdiff.errors import UserError
 from fastdiff.precision import choose
-from fastdiff.sample import SamplingOptions, check_guidance, check_output, generate
+from fastdiff.sample import SamplingOptions, generate
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def main(options: Options) -> None:
         raise UserError("--guidance needs at least one number")
     model, steps, sampler = options.model()
     for guidance in options.guidance:
-        check_guidance(model, guidance)
-    distributed.first(lambda: check_output(options.out, options.overwrite, file=True))
+        checks.guidance(model, guidance)
+    distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     require_fit(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
     precision, rows = choose(options.precision, model, batch_size=min(options.num, options.batch_size)), []

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from fastdiff import cli, figures
+from fastdiff import checks, cli, figures
 from fastdiff.errors import UserError
-from fastdiff.sample import check_output
 from fastdiff.status import read_config, read_log
 
 CURVES = {
@@ -38,7 +37,7 @@ def main(options: Options) -> None:
     if not options.runs:
         raise UserError("no run is named: fastdiff plot runs/teacher --out curves.png")
     rows = curves(options.runs)
-    check_output(options.out, options.overwrite, file=True)
+    checks.output(options.out, options.overwrite, file=True)
     figures.plot_curves(rows, options.out)
     print(f"{options.out}: {sum(map(len, rows))} panels of {len(options.runs)} run{'s' * (len(options.runs) > 1)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
-from fastdiff import checkpoint, cli, data, distributed, figures, samplers
-from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, Guided, is_guidance, with_guidance
+from fastdiff import checkpoint, checks, cli, data, distributed, figures, samplers
+from fastdiff.denoiser import Denoiser, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.graph import Captured
 from fastdiff.precision import Precision, autocast, choose
@@ -29,7 +28,6 @@ SAMPLERS = {
     "one_step": samplers.one_step,
 }  # fmt: skip
 TEACHER_STEPS = 64  # where neither the user nor the checkpoint says how many
-INITIAL_NOISE = 0  # the stream of the starting noise; later steps use later streams
 
 
 @torch.no_grad()
@@ -69,7 +67,7 @@ def generate(
     def images_of(sample_ids: Tensor, label: Tensor | None, w: Tensor | None) -> Tensor:
         """A batch, from its noise on; nothing here may wait for the device or need the host's memory."""
         shape = (len(sample_ids), *model.image_shape)
-        noise = kernels.randn(shape, seed=seed, sample_ids=sample_ids, step=INITIAL_NOISE, device=device)
+        noise = kernels.randn(shape, seed=seed, sample_ids=sample_ids, step=streams.INITIAL_NOISE, device=device)
         with autocast(precision, device):
             return draw(
                 model, noise.contiguous(memory_format=torch.channels_last), label, w, steps,
@@ -123,7 +121,7 @@ class SamplingOptions:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
         if not 0 <= self.variance <= 1:
             raise UserError(f"--variance must be in [0, 1], got {self.variance}")
-        check_device(self.device)
+        checks.device(self.device)
         if self.graph and self.device == "cpu":
             raise UserError(f"--graph needs a CUDA device; --device is {self.device}: leave the option out")
         denoiser = checkpoint.load(self.checkpoint, device=self.device)
@@ -174,7 +172,7 @@ def main(options: Options) -> None:
     model, steps, sampler = options.model()
     guidance = _guidance(options)
     for w in sorted(set(options.guidance_range or options.guidance)):
-        check_guidance(model, w)
+        checks.guidance(model, w)
     is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     distributed.first(lambda: _prepare(options, is_grid))
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
@@ -213,7 +211,7 @@ def main(options: Options) -> None:
 
 
 def _prepare(options: Options, is_grid: bool) -> None:
-    check_output(options.out, options.overwrite, file=is_grid)
+    checks.output(options.out, options.overwrite, file=is_grid)
     if not is_grid:
         for old in options.out.glob("[0-9]" * 6 + ".png"):
             old.unlink()
@@ -248,47 +246,6 @@ def save_image(image: Tensor, path: Path) -> None:
     """One image (C, H, W) in [−1, 1] as a picture file."""
     pixels = data.to_uint8(image[None])[0].cpu().numpy().transpose(1, 2, 0)
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
-
-
-def check_device(name: str) -> None:
-    """Raises UserError for a device that is not supported or that PyTorch does not see."""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise UserError(f"--device {name}: unknown; use cuda, cuda:1, … or cpu")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-
-
-def check_guidance(model: nn.Module, guidance: float, name: str | Path = "this model") -> None:
-    """Raises UserError for a w that makes no sense here, and warns of one outside the trained range."""
-    trained = model.config.guidance_range
-    if not is_guidance(guidance):
-        raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {guidance}")
-    if guidance and not model.num_classes:
-        raise UserError(f"--guidance {guidance:g}: {name} is unconditional, so there is nothing to guide; use 0")
-    if trained is not None and not trained[0] <= guidance <= trained[1]:
-        checkpoint.warn(f"guidance {guidance:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
-
-
-def check_output(path: Path, overwrite: bool, *, file: bool) -> None:
-    """Make the folder for an output. Raises UserError if that fails, or would replace something without being asked."""
-    if path.exists() and file != path.is_file():
-        raise UserError(f"--out {path} is a {'folder' if file else 'file'}: name a {'file' if file else 'folder'}")
-    if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
-        raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
-    make_folder(path.parent if file else path)
-
-
-def make_folder(path: Path) -> None:
-    """Raises UserError where a folder cannot be made or written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): choose another one") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"--out: the folder {path} is not writable: choose another one")
 
 
 def _labels(options: Options, num_classes: int) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdiff import checkpoint, cli, data, figures, samplers
+from fastdiff import checkpoint, checks, cli, data, figures, samplers
 from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.precision import Precision, autocast, choose
-from fastdiff.sample import TEACHER_STEPS, check_device, check_guidance, check_output, save_image
+from fastdiff.sample import TEACHER_STEPS, save_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
             f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
         )
     pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
-    check_output(options.out, options.overwrite, file=False)
+    checks.output(options.out, options.overwrite, file=False)
     source, target = (
         None if label is None else torch.full((len(files),), label) for label in (options.from_label, options.to_label)
     )
@@ -153,7 +153,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
-    check_device(options.device)
+    checks.device(options.device)
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
     if encoder.image_shape[0] not in MODES:
@@ -180,7 +180,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
         _check_label(model, path, label, option)
     for path, model in {path: model for model, path, *_ in models}.items():
         for w in options.guidance:
-            check_guidance(model, w, path)
+            checks.guidance(model, w, path)
     return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
 
 

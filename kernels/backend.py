@@ -16,7 +16,7 @@ from . import cpu, reference
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 try:
     from . import cuda, fused
-    from .launch import INTERPRETED
+    from .fused.launch import INTERPRETED
 except Exception as error:  # whatever ails Triton, everything else runs on the reference
     INTERPRETED, MISSING = False, str(error)
 else:

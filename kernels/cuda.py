@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
-from .attention import prefers_sdpa
+from .fused.attention import prefers_sdpa
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -37,7 +37,7 @@ except ImportError as error:
     print(f"kernels.inspect: needs Triton to compile the kernels: pip install triton ({error})", file=sys.stderr)
     sys.exit(2)
 
-from .launch import INTERPRETED, Launch, listen
+from .fused.launch import INTERPRETED, Launch, listen
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

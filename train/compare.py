@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from fastdiff import checkpoint, cli, data, figures
+from fastdiff import checkpoint, checks, cli, data, figures
 from fastdiff.cli import number
 from fastdiff.denoiser import MAX_GUIDANCE, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
 from fastdiff.precision import Precision
-from fastdiff.sample import check_device, generate, make_folder
+from fastdiff.sample import generate
 from fastdiff.translate import Pair, rmse
 from train import encoder, loop, sid, stage1, stage2, teacher, two_student
 
@@ -89,7 +89,7 @@ class Method(NamedTuple):
 def main(options: Options) -> None:
     """Train every method of the paper on one teacher, score and time all, and write tables and figures."""
     check(options)
-    make_folder(options.out)
+    checks.folder(options.out)
     reference = Reference.load(options.preset, device=options.device)
     options = settled(options)
     results = load_results(options)
@@ -108,7 +108,7 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raises UserError for options that make no sense."""
-    check_device(options.device)
+    checks.device(options.device)
     if options.num < 2:
         raise UserError(f"--num {options.num}: a score needs at least 2 images")
     if not all(map(is_guidance, (*options.guidance, *options.fixed_guidance))):

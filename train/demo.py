@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, cli, data, distill, figures
+from fastdiff import checkpoint, checks, cli, data, figures
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
+from fastdiff.losses import regression
 from fastdiff.precision import Precision
-from fastdiff.sample import check_device, generate, make_folder
+from fastdiff.sample import generate
 from train import loop, rounds, sid, stage1, stage2, teacher
 
 GUIDANCE = (0.0, 1.0, 4.0)
@@ -60,8 +61,8 @@ def main(options: Options) -> None:
         raise UserError(f"--num {options.num}: a score needs at least 2 images")
     if options.preset not in ("digits", "fashion-mnist"):
         raise UserError(f"unknown preset {options.preset!r} of the demo; known: digits, fashion-mnist")
-    check_device(options.device)
-    make_folder(options.out)
+    checks.device(options.device)
+    checks.folder(options.out)
     clock = Clock(60 * options.minutes)
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
@@ -143,20 +144,20 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
         copied = copy.deepcopy(model).requires_grad_(True)
         return [loop.Updater(recipe, copied, loss)], loop.ImageBatches(dataset, recipe, 0, torch.device(options.device))
 
-    recipe = planned("teacher", recipe, lambda: images(fresh, distill.teacher, recipe), 1)
+    recipe = planned("teacher", recipe, lambda: images(fresh, regression.teacher, recipe), 1)
     guided = Guided(teacher.train(recipe))
 
     recipe = _options(stage1, options, "stage1", teacher=recipe.out, **common)
     limits = recipe.guidance_range
     student = stage1.student_of(guided.denoiser, limits)
-    matching = partial(distill.stage1, teacher=guided, guidance_range=limits)
+    matching = partial(regression.stage1, teacher=guided, guidance_range=limits)
     recipe = planned("stage1", recipe, lambda: images(student, lambda m, b: matching(m, batch=b), recipe), 1)
     first = stage1.train(recipe)
 
     recipe = _options(stage2, options, "stage2", teacher=options.out / "stage1", **common)
     all_steps = rounds.student_steps(recipe.start_steps, recipe.end_steps)
     units = sum(ROUND_UNITS if steps <= 2 else 1 for steps in all_steps)
-    halving = partial(distill.stage2, teacher=first, steps=8, guidance_range=limits)
+    halving = partial(regression.stage2, teacher=first, steps=8, guidance_range=limits)
     recipe = planned("stage2", recipe, lambda: images(first, lambda m, b: halving(m, batch=b), recipe), units)
     stage2.train(replace(recipe, last_updates=int(ROUND_UNITS * recipe.updates)))
     students = {n: checkpoint.load(recipe.out / f"steps-{n}", device=options.device) for n in STUDENT_STEPS}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, cli, distill
+from fastdiff import checkpoint, cli
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
 from train import rounds
 from train.rounds import PRESETS
 
@@ -47,7 +48,7 @@ def train(options: Options) -> Denoiser | None:
     limits = teacher.config.guidance_range
 
     def loss(student, teacher, batch, steps):
-        return distill.encoder(student, teacher, batch, steps=steps, guidance_range=limits, weight=options.weight)
+        return regression.encoder(student, teacher, batch, steps=steps, guidance_range=limits, weight=options.weight)
 
     return rounds.run(options, teacher, loss, kind="encoder", sampler="encode")
 

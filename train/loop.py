@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdiff
-from fastdiff import checkpoint, data, distributed, figures
+from fastdiff import checkpoint, checks, data, distributed, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
-from fastdiff.distill import TIME, Batch
 from fastdiff.errors import UserError
+from fastdiff.losses.batch import TIME, Batch
 from fastdiff.precision import Choice, Precision, agreed, autocast, check
-from fastdiff.sample import check_device, generate, make_folder
+from fastdiff.sample import generate
 from fastdiff.unet import UNetConfig
 
 MANY_SAMPLES = 10_000  # the fewest over which the share of losses that are not finite is judged
@@ -181,7 +181,7 @@ class LoopOptions:
             raise UserError("--shard does not go together with --compile: choose one")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: choose one")
-        check_device(self.device)
+        checks.device(self.device)
 
 
 class Updater:
@@ -590,7 +590,7 @@ def make_run(options: LoopOptions, dataset: data.Dataset | None) -> None:
                 f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
                 "or choose another --out"
             )
-    make_folder(out)
+    checks.folder(out)
     _replace_text(out / "config.json", json.dumps(description, indent=1) + "\n")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastdiff import checkpoint, data, distributed
 from fastdiff.denoiser import Denoiser, require_fit
-from fastdiff.distill import Batch
 from fastdiff.errors import UserError
+from fastdiff.losses.batch import Batch
 from train import loop
 
 RoundLoss = Callable[[Denoiser, Denoiser, Batch, int], Tensor]  # (student, teacher, batch, steps) -> (B,)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 import kernels
-from fastdiff import checkpoint, cli, data, distributed, metrics, sid
+from fastdiff import checkpoint, cli, data, distributed, metrics, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, require_fit, with_guidance
-from fastdiff.distill import TRAINING_STREAM, Batch
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
+from fastdiff.losses import sid
+from fastdiff.losses.batch import Batch
 from fastdiff.sample import generate
 from fastdiff.samplers import SIGMA_INIT
 from fastdiff.schedule import KarrasSchedule
 from train import loop
 
-LABELS = TRAINING_STREAM + 3
 DROPPED = 0.01  # the share of samples whose loss may be not finite
 COLLAPSED, REPEATED = (
     0.5,
@@ -247,7 +247,7 @@ class DrawnBatches(Iterator[Batch]):
     def _labels(self, ids: Tensor) -> Tensor | None:
         if self.limits is None:
             return None
-        draw = kernels.rand(ids.shape, seed=self.seed, sample_ids=ids, step=LABELS, device=self.device)
+        draw = kernels.rand(ids.shape, seed=self.seed, sample_ids=ids, step=streams.LABELS, device=self.device)
         return torch.searchsorted(self.limits, draw.double(), right=True)
 
     def state(self) -> dict[str, int]:

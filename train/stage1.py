@@ -8,9 +8,11 @@ from typing import Literal
 
 import torch
 
-from fastdiff import checkpoint, cli, data, distill
+from fastdiff import checkpoint, cli, data
 from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, Guided, is_guidance, require_fit
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
+from fastdiff.losses.batch import Batch
 from train import loop
 
 
@@ -77,8 +79,8 @@ def train(options: Options) -> Denoiser | None:
     student = student_of(teacher, options.guidance_range)
     guided = Guided(loop.freeze(teacher, options))
 
-    def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
-        return distill.stage1(
+    def loss(model: Denoiser, batch: Batch) -> torch.Tensor:
+        return regression.stage1(
             model, guided, batch, guidance_range=options.guidance_range, weight=options.weight,
             clip=1.0 if options.clip else None,
         )  # fmt: skip

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff import checkpoint, cli, distill
+from fastdiff import checkpoint, cli
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
 from train import rounds
 from train.rounds import PRESETS
 
@@ -34,7 +35,7 @@ def train(options: Options) -> Denoiser | None:
     limits = teacher.config.guidance_range
 
     def loss(student, teacher, batch, steps):
-        return distill.stage2(
+        return regression.stage2(
             student, teacher, batch, steps=steps, guidance_range=limits, weight=options.weight, sampler=options.sampler
         )
 

@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
-from fastdiff import cli, data, distill, schedule
+from fastdiff import cli, data, schedule
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
+from fastdiff.losses.batch import Batch
 from fastdiff.precision import Choice
 from fastdiff.unet import PRESETS as UNETS
 from fastdiff.unet import UNetConfig
@@ -85,8 +87,8 @@ def train(options: Options) -> Denoiser:
     torch.manual_seed(options.seed)
     denoiser = Denoiser(config).to(options.device)
 
-    def loss(model: Denoiser, batch: distill.Batch) -> torch.Tensor:
-        return distill.teacher(
+    def loss(model: Denoiser, batch: Batch) -> torch.Tensor:
+        return regression.teacher(
             model, batch, label_drop=options.label_drop, weight=options.weight, noise_levels=options.noise_levels
         )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastdiff import checkpoint, cli, distill
+from fastdiff import checkpoint, cli
 from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, is_guidance
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
 from train import rounds
 from train.rounds import PRESETS
 
@@ -44,7 +45,7 @@ def train(options: Options) -> Denoiser | None:
     teacher.config = replace(teacher.config, guidance_range=(w, w))  # as its students' checkpoints will say
 
     def loss(student, teacher, batch, steps):
-        return distill.two_student(student, teacher, batch, steps=steps, guidance=w, weight=options.weight)
+        return regression.two_student(student, teacher, batch, steps=steps, guidance=w, weight=options.weight)
 
     return rounds.run(options, teacher, loss, kind="two_student", rows=2)
 

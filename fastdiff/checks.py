@@ -1,0 +1,54 @@
+"""What can be known before long work begins: devices, guidance strengths, and places for output."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastdiff import checkpoint
+from fastdiff.denoiser import MAX_GUIDANCE, is_guidance
+from fastdiff.errors import UserError
+
+
+def device(name: str) -> None:
+    """Raises UserError for a device that is not supported or that PyTorch does not see."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UserError(f"--device {name}: unknown; use cuda, cuda:1, … or cpu")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+
+
+def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> None:
+    """Raises UserError for a w that makes no sense here, and warns of one outside the trained range."""
+    trained = model.config.guidance_range
+    if not is_guidance(w):
+        raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {w}")
+    if w and not model.num_classes:
+        raise UserError(f"--guidance {w:g}: {name} is unconditional, so there is nothing to guide; use 0")
+    if trained is not None and not trained[0] <= w <= trained[1]:
+        checkpoint.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
+
+
+def output(path: Path, overwrite: bool, *, file: bool) -> None:
+    """Make the folder for an output. Raises UserError if that fails, or would replace something without being asked."""
+    if path.exists() and file != path.is_file():
+        raise UserError(f"--out {path} is a {'folder' if file else 'file'}: name a {'file' if file else 'folder'}")
+    if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
+        raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
+    folder(path.parent if file else path)
+
+
+def folder(path: Path) -> None:
+    """Raises UserError where a folder cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: the folder {path} cannot be made ({error.strerror}): choose another one") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out: the folder {path} is not writable: choose another one")

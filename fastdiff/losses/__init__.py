@@ -1,0 +1,1 @@
+"""The training losses: functions (models, batch) -> loss of each sample (B,), without any loop."""

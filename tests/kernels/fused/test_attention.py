@@ -1,0 +1,268 @@
+"""Attention and its gradient against the reference, the bytes that it moves, and what it refuses."""
+
+import json
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from addresses import assert_last_program_ends_with_its_tensors, launches, touched
+from helpers import DTYPES, FEW, HALVES, doubled, draw, error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+from traffic import traffic
+
+import kernels
+from kernels import reference
+
+# `kernels.attention` is the public function; the module behind it goes by its full name.
+module = import_module("kernels.fused.attention")
+WIDTHS = st.sampled_from([16, 24, 32, 40, 48, 64, 80, 96, 128])
+
+
+def case(batch, tokens, heads, width, dtype, device, *, scale=1.0, seed=0):
+    qkv = draw(batch, tokens, 3 * heads * width, seed=seed, device=device)
+    qkv[..., : 2 * heads * width] *= scale  # logits grow by its square
+    return qkv.to(dtype).requires_grad_(), draw(batch, tokens, heads * width, seed=seed + 1, dtype=dtype, device=device)
+
+
+def both(function, qkv, heads, direction):
+    out = function(qkv, heads)
+    return out, torch.autograd.grad(out, qkv, direction)[0]
+
+
+def exact(qkv, heads, direction):
+    return both(reference.attention, *doubled(qkv), heads, direction.double().cpu())
+
+
+def eager(qkv, heads):
+    """softmax(q·kᵀ/√d)·v, every step in the dtype of qkv."""
+    batch, tokens, packed = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (weights @ v).transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def assert_right(qkv, heads, direction, *, large_scores=False):
+    """Values and gradients: float32 to 1e-5, half precision to 1.5 times the error of eager PyTorch."""
+    ours, theirs, truth = (f(qkv, heads, direction) for f in (ours_both, eager_both, exact))
+    for mine, other, true in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == qkv.dtype
+        assert mine.shape == true.shape
+        allowed = 1.5 * error(other.cpu(), true)
+        if qkv.dtype == torch.float32 and not large_scores:  # whose own rounding, 200·2⁻²⁴, is more than 1e-5
+            allowed = 1e-5
+        assert error(mine.cpu(), true) <= allowed
+
+
+def ours_both(qkv, heads, direction):
+    return both(kernels.attention, qkv, heads, direction)
+
+
+def eager_both(qkv, heads, direction):
+    return both(eager, qkv, heads, direction)
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), tokens=st.one_of(st.integers(1, 140), st.sampled_from([64, 128])), heads=st.integers(1, 3),
+    width=WIDTHS, dtype=st.sampled_from(DTYPES), scale=st.sampled_from([0.0, 1.0, 5.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_values_and_gradients(device, batch, tokens, heads, width, dtype, scale, seed):
+    qkv, direction = case(batch, tokens, heads, width, dtype, device, scale=scale, seed=seed)
+    assert_right(qkv, heads, direction)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(64, 64), (49, 24), (100, 64), (256, 32)])
+def test_float32_agrees_with_the_reference(device, tokens, width):
+    qkv, direction = case(2, tokens, 2, width, torch.float32, device)
+    for mine, theirs in zip(both(kernels.attention, qkv, 2, direction), both(reference.attention, qkv, 2, direction),
+                            strict=True):  # fmt: skip
+        assert error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(64, 256), (100, 200), (1, 16)])
+def test_other_sizes(device, dtype, tokens, width):
+    qkv, direction = case(1, tokens, 1, width, dtype, device)
+    assert_right(qkv, 1, direction)
+
+
+def test_1024_tokens(device):
+    """As often as they are read: k and v 8 times forward and 16 backward, q and dO 16 times."""
+    qkv, direction = case(1, 1024, 1, 64, torch.bfloat16, device)
+    assert_right(qkv, 1, direction)
+    assert module.tiles("forward", torch.bfloat16, 1024, 64)[:2] == (128, 64)
+    assert module.tiles("backward_q", torch.bfloat16, 1024, 64)[:2] == (64, 64)
+    assert module.tiles("backward_kv", torch.bfloat16, 1024, 64)[:2] == (64, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [33, 64, 100])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_logits_past_the_range_of_exp(device, dtype, tokens, sign):
+    """q·k/√d is about ±200 everywhere, and missing keys, whose score is 0, must not outweigh those that are there."""
+    qkv, direction = case(1, tokens, 1, 64, torch.float32, device)
+    large = qkv.detach().clone()
+    large[..., :64] = 5 + 0.01 * large[..., :64]
+    large[..., 64:128] = sign * (5 + 0.01 * large[..., 64:128])
+    assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype), large_scores=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_give_equal_weights(device, dtype):
+    qkv = draw(2, 1, 3 * 32, dtype=dtype, device=device).expand(2, 70, 96)
+    out = kernels.attention(qkv, 1)
+    assert error(out, qkv[..., 64:]) < 1e-6  # of 70 equal values the mean rounds back to them
+
+
+def test_qkv_that_is_not_contiguous(device):
+    wide = draw(40, 2, 200, device=device).requires_grad_()
+    qkv = wide.transpose(0, 1)[..., 4:196]
+    assert not qkv.is_contiguous()
+    direction = draw(2, 40, 64, seed=1, device=device)
+    ours, theirs = (
+        torch.autograd.grad(f(qkv, 2), wide, direction)[0] for f in (kernels.attention, reference.attention)
+    )
+    assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [49, 64, 150])
+def test_the_saved_logarithm(device, dtype, tokens):
+    qkv, _ = case(2, tokens, 2, 32, dtype, device, scale=3.0)
+    _, saved = module.attention_forward(qkv.detach(), 2)
+    q, k, _ = qkv.detach().double().view(2, tokens, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    expected = (q @ k.transpose(-1, -2) / math.sqrt(32)).logsumexp(-1) / math.log(2)
+    assert saved.shape == (2, 2, tokens)
+    assert saved.dtype == torch.float32
+    assert error(saved, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [64, 70])
+def test_the_same_bits_every_time(device, dtype, tokens):
+    qkv, direction = case(1, tokens, 2, 48, dtype, device)
+    for first, second in zip(*(both(kernels.attention, qkv, 2, direction) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(64, 64), (50, 24), (256, 64), (100, 48), (100, 256)])
+def test_bytes(device, dtype, tokens, width):
+    """q, the output and their gradients once; what the other side of the scores needs once per block."""
+    heads = 1 if tokens == 256 else 2
+    qkv, direction = case(1, tokens, heads, width, dtype, device)
+    with traffic() as forward:
+        out = kernels.attention(qkv, heads)
+    with traffic() as backward:
+        torch.autograd.grad(out, qkv, direction)
+    part, row = direction.numel() * direction.element_size(), 4 * heads * tokens
+
+    def blocks(kernel, side):
+        return -(-tokens // getattr(module.tiles(kernel, dtype, tokens, width), side))
+
+    assert +forward.read == {"qkv": part * (1 + 2 * blocks("forward", "rows"))}
+    assert +forward.written == {"out": part, "lse": row}
+    if module.one_block(dtype, tokens, width):
+        assert +backward.read == {"qkv": 3 * part, "grad": part, "lse": row}
+        assert +backward.written == {"grad_qkv": 3 * part}
+    else:
+        q, kv = blocks("backward_q", "rows"), blocks("backward_kv", "keys")
+        reads = {"qkv": (1 + 2 * q) + (2 + kv), "grad": 1 + kv, "out": 1}
+        assert +backward.read == {name: n * part for name, n in reads.items()} | {
+            "lse": row * (1 + kv),
+            "delta": row * kv,
+        }
+        assert +backward.written == {"grad_qkv": 3 * part, "delta": row}
+
+
+def test_half_precision_at_64_tokens_reads_each_tensor_once():
+    assert all(module.one_block(dtype, 64, width) for dtype in HALVES for width in (16, 32, 64, 128))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens"), [(540_000, 64), (34_000, 1024)])
+def test_offsets_have_64_bits(monkeypatch, dtype, batch, tokens):
+    def attend():
+        qkv = torch.empty(batch, tokens, 3 * 64, dtype=dtype, device="meta", requires_grad=True)
+        out = kernels.attention(qkv, 1)
+        torch.autograd.grad(out, qkv, out.detach())
+
+    recorded = launches(attend)
+    assert len(recorded) == (2 if module.one_block(dtype, tokens, 64) else 3)
+    for one in recorded:
+        if one.kernel.__name__ == "_backward_q_kernel":  # leaves the last row's dK and dV to the other kernel
+            last = touched(one, one.grid[0] - 1, monkeypatch)["grad_qkv"].max()
+            assert last == one.arguments["grad_qkv"].numel() * dtype.itemsize - (2 * 64 + 1) * dtype.itemsize
+        else:
+            assert_last_program_ends_with_its_tensors(one, monkeypatch)
+
+
+def test_empty_and_float64_and_very_wide(device):
+    assert kernels.attention(torch.empty(0, 5, 48, device=device), 2).shape == (0, 5, 16)
+    assert kernels.attention(torch.empty(2, 0, 48, device=device), 2).shape == (2, 0, 16)
+    for shape, dtype in (((1, 5, 48), torch.float64), ((1, 5, 3 * 320), torch.float32)):
+        qkv = draw(*shape, dtype=dtype, device=device)
+        assert torch.equal(kernels.attention(qkv, 1), reference.attention(qkv, 1))
+
+
+@pytest.mark.parametrize("tokens", [40, 70])
+def test_operators_keep_their_promises(device, tokens):
+    qkv, direction = case(2, tokens, 2, 24, torch.bfloat16, device)
+    qkv = qkv.detach()
+    opcheck(torch.ops.fastdiff.attention.default, (qkv, 2))
+    opcheck(torch.ops.fastdiff.attention_backward.default, (direction, qkv, *module.attention_forward(qkv, 2), 2))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(device, dynamic):
+    def loss(qkv):
+        return kernels.attention(qkv * 1, 2).square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for tokens in (64, 70):
+        qkv, _ = case(1, tokens, 2, 32, torch.float32, device)
+        ours, theirs = (torch.autograd.grad(f(qkv), qkv)[0] for f in (compiled, loss))
+        assert error(ours, theirs) < 1e-6
+
+
+def test_function_transforms(device):
+    qkv, direction = case(1, 20, 1, 16, torch.float32, device)
+
+    def inner(qkv):
+        return (kernels.attention(qkv, 1) * direction).sum()
+
+    qkv = qkv.detach()
+    assert error(torch.func.grad(inner)(qkv), both(reference.attention, qkv.requires_grad_(), 1, direction)[1]) < 1e-5
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(inner, (qkv.detach(),), (qkv.detach(),))
+
+
+def test_second_derivatives_are_refused(device):
+    qkv, _ = case(1, 20, 1, 16, torch.float32, device)
+    (grad,) = torch.autograd.grad(kernels.attention(qkv, 1).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"attention.*second derivative"):
+        torch.autograd.grad(grad.sum(), qkv)
+
+
+def test_the_table_of_measurements(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    assert module.read_table(path) == {}
+    row = {"gpu": "A", "dtype": "bfloat16", "head_width": 64, "tokens": 1024, "faster": "triton"}
+    path.write_text(json.dumps([row, row | {"tokens": 64, "faster": "sdpa"}]))
+    monkeypatch.setattr(module, "TABLE", module.read_table(path))
+    assert module.faster("A", torch.bfloat16, 64, 1024) == "triton"
+    assert module.faster("A", torch.bfloat16, 64, 64) == "sdpa"
+    assert [module.faster("B", torch.bfloat16, 64, n) for n in (64, 256, 257)] == ["triton", "triton", "sdpa"]
+    assert module.faster("B", torch.bfloat16, 512, 64) == "sdpa"
+    path.write_text(json.dumps([row | {"faster": "flash"}]))
+    with pytest.raises(ValueError, match="flash"):
+        module.read_table(path)
+
+
+def test_only_a_gpu_prefers_anything():
+    assert not module.prefers_sdpa(torch.empty(1, 1024, 192, device="meta"), 1)

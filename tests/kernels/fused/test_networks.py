@@ -1,0 +1,136 @@
+"""A U-Net, a sampler and the updates of training on the Triton kernels give what the reference gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import draw, error, on_reference
+
+from fastdiff import samplers
+from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
+from fastdiff.losses import regression
+from fastdiff.losses.batch import Batch
+from fastdiff.unet import UNetConfig
+from kernels.fused.launch import listen
+from train.loop import LoopOptions, Updater
+from train.stage1 import student_of
+
+BATCH = 2
+TINY = UNetConfig(
+    (8, 8), 3, 10, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), head_width=16,
+    middle_attention=False, resample="conv",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes its time for each program, so none are made to fill a GPU."""
+    monkeypatch.setattr("kernels.fused.launch.MULTIPROCESSORS", 1)
+
+
+def teacher(device: str) -> Denoiser:
+    torch.manual_seed(0)
+    denoiser = Denoiser(DenoiserConfig(TINY)).to(device)
+    for index, parameter in enumerate(denoiser.parameters()):  # new branches are zero: give each something to do
+        parameter.data.add_(draw(*parameter.shape, seed=index, device=device), alpha=0.1)
+    return denoiser.eval()
+
+
+def batch(device: str) -> Batch:
+    x = draw(BATCH, 3, 8, 8, device=device, channels_last=True).clamp(-1, 1)
+    return Batch(x, torch.arange(BATCH, device=device), torch.arange(BATCH, device=device) + 2**33, seed=7)
+
+
+def test_the_forward_and_backward_pass(device):
+    denoiser = teacher(device)
+    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True).requires_grad_()
+    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
+
+    def results():
+        out = denoiser(*arguments)
+        return out, *torch.autograd.grad(out, (z, *denoiser.parameters()), draw(*out.shape, seed=9, device=device))
+
+    ours, theirs = results(), on_reference(results)
+    assert error(ours[0], theirs[0]) < 1e-5
+    for one, other in zip(ours, theirs, strict=True):
+        assert error(one, other) < 1e-4 or (one - other).abs().max() < 1e-5 * theirs[0].abs().max()
+
+
+def test_half_precision_is_as_good_as_the_references(device):
+    denoiser = teacher(device)
+    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
+    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
+    with torch.no_grad():
+        exact = on_reference(denoiser, *arguments)
+        with torch.autocast(device, torch.bfloat16):
+            ours, theirs = denoiser(*arguments), on_reference(denoiser, *arguments)
+    assert error(ours, exact) < 1.5 * error(theirs, exact)
+
+
+def recorded(function):
+    """(what it returns, the names of the kernels' files that it launched)."""
+    seen = set()
+    with listen(lambda launch: seen.add(launch.kernel.fn.__module__.removeprefix("kernels."))):
+        result = function()
+    return result, seen
+
+
+def test_a_guided_ddim_step(device):
+    model = Guided(teacher(device))
+    noise = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
+    label = torch.arange(BATCH, device=device)
+
+    @torch.no_grad()
+    def sample():
+        return samplers.ddim(model, noise, label, 1.5, 2, schedule=model.schedule, clip=1.0)
+
+    ours, used = recorded(sample)
+    assert error(ours, on_reference(sample)) < 1e-5
+    assert used == {"update", "group_norm", "attention"}
+
+
+@pytest.mark.parametrize("recipe", ["teacher", "stage1", "stage2"])
+def test_an_update_of_each_recipe(device, recipe):
+    """Loss and gradients of one update: Adam would blow up the last digits of small gradients."""
+    first = teacher(device)
+    student = student_of(first, (0.0, 4.0)).to(device).eval()
+    losses = {
+        "teacher": (first, regression.teacher),
+        "stage1": (student, lambda m, b: regression.stage1(m, Guided(teacher(device)), b, guidance_range=(0.0, 4.0))),
+        "stage2": (student, lambda m, b: regression.stage2(m, student, b, steps=4, guidance_range=(0.0, 4.0))),
+    }
+    model, loss = losses[recipe]
+    gradients = []
+
+    def update():
+        trained = Denoiser(model.config).to(device)
+        trained.load_state_dict(model.state_dict())
+        options = LoopOptions(out=Path("unused"), batch_size=BATCH, lr=1e-3, warmup=0, dropout=0.0)
+        updater = Updater(options, trained, loss)
+        for parameter in trained.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+        updater.update(batch(device))
+        return float(updater.loss_sum)
+
+    loss_here, used = recorded(update)
+    ours, gradients = gradients, []
+    loss_there = on_reference(update)
+    assert loss_here == pytest.approx(loss_there, rel=1e-5)
+    assert {"update", "regression", "group_norm", "attention"} <= used
+    assert len(ours) == len(gradients) > 10
+    largest = max(gradient.abs().max() for gradient in gradients)
+    for one, other in zip(ours, gradients, strict=True):
+        assert error(one, other) < 1e-4 or (one - other).abs().max() < 1e-6 * largest
+
+
+def test_the_network_compiles_without_graph_breaks(device):
+    denoiser = teacher(device)
+    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
+    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
+    compiled = torch.compile(denoiser.network, fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(*arguments), denoiser.network(*arguments)
+    assert error(ours, plain) < 1e-6
+    (first,), (second,) = (
+        torch.autograd.grad(out.square().sum(), denoiser.network.conv_in.weight) for out in (ours, plain)
+    )
+    assert error(first, second) < 1e-5

@@ -1,0 +1,91 @@
+"""torch.compile traces a U-Net in one piece, on the CPU, and with the Triton operators on tensors that have no data."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import kernels
+from fastdiff.unet import PRESETS, UNet, UNetConfig
+from kernels import backend
+from kernels.fused.launch import listen
+
+SMALL = UNetConfig(
+    (8, 8), 3, 10, channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), head_width=16
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def arguments(config: UNetConfig, device: str):
+    z = torch.empty(2, config.image_channels, *config.image_size, device=device).fill_(0.5)
+    return z, torch.full((2,), 0.5, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_unet_on_the_cpu_has_no_graph_breaks(forced, precision):
+    torch.manual_seed(0)
+    network = UNet(SMALL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with kernels.use(forced), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        ours, plain = (call(*arguments(SMALL, "cpu")) for call in (compiled, network))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    first, second = (torch.autograd.grad(out.square().sum(), network.conv_in.weight)[0] for out in (ours, plain))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max()))
+
+
+def test_a_unet_of_triton_operators_has_no_graph_breaks():
+    """Traced on the meta device, where operators allocate and launch nothing."""
+    pytest.importorskip("triton")
+    config = PRESETS["cifar10"]
+    with torch.device("meta"):
+        network = UNet(config)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with kernels.use("triton"):
+        compiled = torch.compile(network, fullgraph=True, backend=backend)
+        assert compiled(*arguments(config, "meta")).shape == (2, 3, 32, 32)
+    assert len(graphs) == 1
+    assert "fastdiff.group_norm" in str(graphs[0].print_readable(print_output=False))
+    assert "fastdiff.attention" in str(graphs[0].print_readable(print_output=False))
+
+
+def test_fake_cuda_tensors_run_the_triton_operators():
+    """Without CUDA no fake gradient can be had, nor a slice; forward operators give shapes, dtypes and layouts."""
+    pytest.importorskip("triton")
+    launched = []
+    with FakeTensorMode(), torch.no_grad(), listen(lambda launch: launched.append(launch.kernel.fn.__name__)):
+        image = torch.empty((4, 64, 16, 16), device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+        coef = torch.empty(4, device="cuda")
+        ids = torch.empty(4, dtype=torch.int64, device="cuda")
+        key = {"seed": 2**64 - 1, "sample_ids": ids, "step": 2**31}
+        state = kernels.affine_update(image, image, coef_z=coef, coef_a=coef, clip=1.0, coef_noise=coef, **key)
+        assert (state.dtype, state.device.type) == (torch.float32, "cuda")
+        assert state.is_contiguous(memory_format=torch.channels_last)
+        assert kernels.add_noise(state, coef, **key)[1].stride() == state.stride()
+        loss = kernels.affine_regression_loss(
+            image, state, image, None, coef_z=coef, coef_a=coef, coef_b=None, weight=coef
+        )
+        assert (loss.shape, loss.dtype) == ((4,), torch.float32)
+        assert kernels.sid_generator_loss(state, state, image, 1.2).shape == (4,)
+        normed = kernels.group_norm(
+            image, 32, torch.empty(64, device="cuda"), torch.empty(64, device="cuda"), silu=True
+        )
+        assert (normed.dtype, normed.stride()) == (image.dtype, image.stride())
+        qkv = torch.empty(4, 64, 192, device="cuda", dtype=torch.bfloat16)
+        assert kernels.attention(qkv, 1).shape == (4, 64, 64)
+        from kernels import fused
+
+        assert backend.implementation("group_norm", image) is fused.group_norm  # which launches nothing on fake tensors
+    assert set(launched) == {"_update_kernel", "_loss_kernel", "_forward_kernel"}
