@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
-from fastdiff import checkpoint, checks, cli, data, distributed, figures, samplers
+from fastdiff import checkpoint, checks, cli, data, distributed, figures, samplers, streams
 from fastdiff.denoiser import Denoiser, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.graph import Captured
