@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from fastdiff import files
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 
@@ -84,7 +82,7 @@ class Writer:
     def wait(self) -> bool:
         """Wait for the write under way; returns whether the last one succeeded, and warns if it just failed."""
         if self._has_failed():
-            warn(f"{self.failure}; training goes on, and the next save tries again")
+            files.warn(f"{self.failure}; training goes on, and the next save tries again")
         return self.failure is None
 
     def finish(self) -> None:
@@ -181,7 +179,7 @@ def remove(run: Path, folders: Iterable[Path]) -> None:
     """
     for folder in folders:
         with suppress(OSError):
-            folder.rename(_beside(folder, "removed"))
+            folder.rename(files.beside(folder, "removed"))
     for path in run.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -223,7 +221,7 @@ def _newest(run: Path, read: Callable[[Path], T]) -> tuple[Path, T] | None:
             damages.append(error.what)
             continue
         for what in damages:
-            warn(f"{what}: using {folder} instead")
+            files.warn(f"{what}: using {folder} instead")
         return folder, made
     if damages:
         raise UserError(
@@ -352,7 +350,7 @@ def _contents(denoiser: Denoiser, state: dict | None, state_tensors: dict | None
 
 
 def _write(folder: Path, contents: Contents, keep: int | None = None) -> None:
-    beside = _beside(folder, "writing")
+    beside = files.beside(folder, "writing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -363,7 +361,7 @@ def _write(folder: Path, contents: Contents, keep: int | None = None) -> None:
                 save_file(content, beside / name)
         (beside / MANIFEST).write_bytes(_manifest({path.name: _fingerprint(path) for path in beside.iterdir()}))
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            files.sync(path)
         _move_into_place(beside, folder)
     except (OSError, SafetensorError) as error:  # which is how safetensors tells of a full drive
         shutil.rmtree(beside, ignore_errors=True)
@@ -376,7 +374,7 @@ def _write(folder: Path, contents: Contents, keep: int | None = None) -> None:
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:
-    replaced = _beside(folder, "replaced")
+    replaced = files.beside(folder, "replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
@@ -386,18 +384,18 @@ def _move_into_place(beside: Path, folder: Path) -> None:
         if replaced.exists():
             replaced.rename(folder)
         raise
-    _sync(folder.parent)
+    files.sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:
     """Undo half of an exchange, where a kill came between its two renames; one that is under way is left alone."""
-    if folder.exists() or not _beside(folder, "replaced").is_dir():
+    if folder.exists() or not files.beside(folder, "replaced").is_dir():
         return
     time.sleep(EXCHANGE_SECONDS)
     if not folder.exists():
         with suppress(FileNotFoundError):  # another process was faster
-            _beside(folder, "replaced").rename(folder)
+            files.beside(folder, "replaced").rename(folder)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -410,10 +408,6 @@ def _number(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _beside(folder: Path, purpose: str) -> Path:
-    return folder.with_name(f".{folder.name}.{purpose}")
-
-
 def _manifest(files: dict[str, dict]) -> bytes:
     """The text of manifest.json, with a checksum of itself. Its layout stays; FORMAT is of the other files."""
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -423,17 +417,3 @@ def _manifest(files: dict[str, dict]) -> bytes:
 def _fingerprint(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the drive."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def warn(message: str) -> None:
-    """Tell something on stderr in one line."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar

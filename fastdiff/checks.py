@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import checkpoint
+from fastdiff import files
 from fastdiff.denoiser import MAX_GUIDANCE, is_guidance
 from fastdiff.errors import UserError
 
@@ -32,7 +32,7 @@ def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> Non
     if w and not model.num_classes:
         raise UserError(f"--guidance {w:g}: {name} is unconditional, so there is nothing to guide; use 0")
     if trained is not None and not trained[0] <= w <= trained[1]:
-        checkpoint.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
+        files.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
 
 
 def output(path: Path, overwrite: bool, *, file: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
-from fastdiff import checkpoint, checks, cli, data, distributed, figures, samplers, streams
+from fastdiff import checkpoint, checks, cli, data, distributed, figures, files, samplers, streams
 from fastdiff.denoiser import Denoiser, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.graph import Captured
@@ -142,11 +142,11 @@ class SamplingOptions:
                 "leave the option out, or use another all the same with --force"
             )
         if self.steps is not None and trained is not None and self.steps != trained:
-            checkpoint.warn(
+            files.warn(
                 f"{self.checkpoint} was trained for {trained} steps; with {self.steps} its images will be worse"
             )
         if self.sampler == "heun" and isinstance(denoiser.schedule, CosineSchedule):
-            checkpoint.warn(
+            files.warn(
                 f"heun's first step is too long on the cosine schedule of {self.checkpoint}: ddim makes better images"
             )
         return with_guidance(denoiser), self.steps or trained or TEACHER_STEPS, self.sampler or sampler

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdiff import checkpoint, checks, cli, data, figures, samplers
+from fastdiff import checkpoint, checks, cli, data, figures, files, samplers
 from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
@@ -217,7 +217,7 @@ def _load(path: Path, option: str, steps: int | None, device: str) -> tuple[nn.M
             + ("give one of train.encoder or an undistilled one" if wanted == "encode" else "give one for ddim")
         )
     if steps is not None and trained is not None and steps != trained:
-        checkpoint.warn(f"{option} {path} was trained for {trained} steps; with {steps} the pictures will be worse")
+        files.warn(f"{option} {path} was trained for {trained} steps; with {steps} the pictures will be worse")
     return with_guidance(denoiser), steps or trained or TEACHER_STEPS
 
 
