@@ -15,8 +15,8 @@ from fastdiff import checkpoint, checks, cli, data, figures, samplers
 from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import TEACHER_STEPS
 from fastdiff.precision import Precision, autocast, choose
-from fastdiff.sample import TEACHER_STEPS, save_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -127,7 +127,7 @@ def main(options: Options) -> None:
     for w in options.guidance:
         columns.append(pair.translate(pictures, source, target, w, **how))
         for file, image in zip(files, columns[-1], strict=True):
-            save_image(image, _output(options, file, w))
+            figures.save_image(image, _output(options, file, w))
         compared = {"pair": pair} if goes_back else {}
         if undistilled is not None:
             compared["undistilled"] = pair.undistilled(undistilled, w)
@@ -148,9 +148,7 @@ def rmse(images: Tensor, others: Tensor) -> float:
 
 def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     """The pair, and the undistilled model to compare with. Raises UserError where things do not fit together."""
-    for name in ("encoder_steps", "decoder_steps", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    checks.positive(options, "encoder_steps", "decoder_steps", "batch_size")
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     checks.device(options.device)
