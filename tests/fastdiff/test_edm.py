@@ -17,9 +17,9 @@ from torch import nn
 import kernels
 from fastdiff import checkpoint, data, rotation, samplers, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.losses.batch import TIME, Batch
-from fastdiff.sample import generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
 from train import loop
@@ -358,11 +358,11 @@ def test_networks_are_sampled_as_their_velocities_are_and_counted(clip, w, param
 
 def test_generate_takes_heun():
     model = randomize(Denoiser(DenoiserConfig(TINY, KARRAS, "edm")))
-    (together,) = generate(model, num=4, steps=18, sampler="heun", seed=1)
-    apart = torch.cat(list(generate(model, num=4, steps=18, sampler="heun", seed=1, batch_size=3)))
+    (together,) = generate(model, 4, Sampling(steps=18, sampler="heun", seed=1))
+    apart = torch.cat(list(generate(model, 4, Sampling(steps=18, sampler="heun", seed=1, batch_size=3))))
     assert model.network_rows == 2 * 4 * 35
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
-    (ddim,) = generate(model, num=4, steps=18, sampler="ddim", seed=1)
+    (ddim,) = generate(model, 4, Sampling(steps=18, sampler="ddim", seed=1))
     assert together.abs().max() <= 1 and (together - ddim).abs().max() > 1e-2
 
 

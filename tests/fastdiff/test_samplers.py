@@ -12,7 +12,7 @@ from torch import nn
 import kernels
 from fastdiff import rotation, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -364,8 +364,8 @@ def model():
     return with_guidance(tiny())
 
 
-def images_of(model, **options):
-    return torch.cat(list(generate(model, **{"num": 7, "steps": 3, "seed": 5} | options)))
+def images_of(model, labels=7, noise_ids=None, **options):
+    return torch.cat(list(generate(model, labels, Sampling(**{"steps": 3, "seed": 5} | options), noise_ids=noise_ids)))
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5, torch.linspace(0, 3, 7)], ids=["unguided", "number", "tensor"])
@@ -395,7 +395,7 @@ def test_noise_ids_pick_the_noise(model):
     base = images_of(model, labels=labels)
     torch.testing.assert_close(images_of(model, labels=labels, noise_ids=torch.arange(7)), base)
     order = torch.tensor([6, 2, 0])
-    some = images_of(model, num=3, labels=labels[:3], noise_ids=order, batch_size=2)
+    some = images_of(model, labels=labels[:3], noise_ids=order, batch_size=2)
     torch.testing.assert_close(some, base[order], rtol=0, atol=1e-5)
 
 
@@ -426,22 +426,23 @@ def test_clip_is_on_unless_switched_off(steps):
 )  # fmt: skip
 def test_a_model_is_sampled_as_it_was_trained(config, steps, sampler):
     """Without a word about it; once, all were taken through ddim, and a bare teacher ignored its guidance."""
-    denoiser, how = tiny(**config), {"num": 4, "guidance": 1.5, "seed": 5}
-    found = torch.cat(list(generate(denoiser, **how)))
+    denoiser, how = tiny(**config), Sampling(guidance=1.5, seed=5)
+    found = torch.cat(list(generate(denoiser, 4, how)))
     calls = denoiser.network_rows
-    expected = torch.cat(list(generate(with_guidance(denoiser), steps=steps, sampler=sampler, **how)))
+    explicit = replace(how, steps=steps, sampler=sampler)
+    expected = torch.cat(list(generate(with_guidance(denoiser), 4, explicit)))
     assert torch.equal(found, expected) and calls == 4 * steps * (2 if config == {} else 1)
     if config == {}:
-        assert (found - torch.cat(list(generate(denoiser, **(how | {"guidance": None}))))).abs().max() > 1e-3
+        assert (found - torch.cat(list(generate(denoiser, 4, replace(how, guidance=None))))).abs().max() > 1e-3
 
 
 def test_an_encoder_generates_nothing():
     with pytest.raises(ValueError, match="'encode' is none of ddim"):
-        next(generate(tiny(kind="encoder", sampler="encode", steps=4, guidance_range=(0.0, 4.0)), num=1))
+        next(generate(tiny(kind="encoder", sampler="encode", steps=4, guidance_range=(0.0, 4.0)), 1, Sampling()))
 
 
 def test_generate_makes_images_only_when_asked(model):
-    chunks = generate(model, num=7, steps=2, batch_size=3)
+    chunks = generate(model, 7, Sampling(steps=2, batch_size=3))
     assert inspect.isgenerator(chunks)
     before = model.network_rows
     sizes, rows = [], []
@@ -471,9 +472,9 @@ def test_a_guided_step_runs_without_data():
 
 
 def test_autocast_does_not_reach_the_caller(model):
-    for images in generate(model, num=4, steps=1, batch_size=2, precision="bf16"):
+    for images in generate(model, 4, Sampling(steps=1, batch_size=2, precision="bf16")):
         assert not torch.is_autocast_enabled("cpu")
         assert images.dtype == torch.float32
-    chunks = generate(model, num=4, steps=1, batch_size=2, precision="bf16")
+    chunks = generate(model, 4, Sampling(steps=1, batch_size=2, precision="bf16"))
     next(chunks)
     assert not torch.is_autocast_enabled("cpu")
