@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from tests.test_peers import from_diffusers
+from tests.peers.test_peers import from_diffusers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 

@@ -709,6 +709,10 @@ def scripted(monkeypatch, distances):
     """Scores without scoring: the distances in turn."""
     stream = iter(distances)
     monkeypatch.setattr(recipe.Reference, "load", lambda *args, **kwargs: object())
+
+    def scored(model, reference, sampling, **others):
+        return SimpleNamespace(guidance=sampling.guidance, fd=next(stream), score=1.0)
+
     monkeypatch.setattr(recipe, "evaluate", scored)
 
 
@@ -743,9 +747,10 @@ def test_what_is_scored_is_what_is_saved_in_eval_mode(models, tmp_path, monkeypa
     """Dropout has no place in a score."""
     seen, real = [], recipe.generate
 
-    def spy(model, *, sampler, **kwargs):
-        seen.append((sampler, any(part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))))
-        return real(model, sampler=sampler, **kwargs)
+    def spy(model, labels, sampling):
+        dropout = (part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))
+        seen.append((sampling.sampler, any(dropout)))
+        return real(model, labels, sampling)
 
     monkeypatch.setattr(recipe, "generate", spy)
     train(models / "teacher", tmp_path / "run", ema=ema, dropout=0.5, updates=2, save_every=1)
@@ -767,9 +772,9 @@ def test_a_collapse_is_told(models, tmp_path, monkeypatch, capsys):
     assert not any("near-duplicate" in a for row in lines_of(tmp_path / "well/scores.jsonl") for a in row["alarms"])
     real = recipe.generate
 
-    def collapsed(model, *, sampler, **kwargs):
-        for images in real(model, sampler=sampler, **kwargs):
-            yield images[:1].expand_as(images) if sampler == "one_step" else images
+    def collapsed(model, labels, sampling):
+        for images in real(model, labels, sampling):
+            yield images[:1].expand_as(images) if sampling.sampler == "one_step" else images
 
     monkeypatch.setattr(recipe, "generate", collapsed)
     capsys.readouterr()
