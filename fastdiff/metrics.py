@@ -200,9 +200,13 @@ def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> floa
     network.train()
     what = f"feature extractor for {train.name}, once"
     for _ in trange(
-        updates, desc=what, unit="update", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20,
+        updates,
+        desc=what,
+        unit="update",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
         disable=not distributed.is_first(),
-    ):  # fmt: skip
+    ):
         batch = next(batches)
         _, logits = network(data.to_float(batch.images))
         F.cross_entropy(logits, batch.labels).backward()

@@ -116,10 +116,11 @@ def _inputs(denoiser: Denoiser, rows: int) -> tuple[Tensor | None, ...]:
     ids = torch.arange(rows, device=device)
     z = kernels.randn((rows, *denoiser.image_shape), seed=0, sample_ids=ids, step=0, device=device)
     return (
-        z.contiguous(memory_format=torch.channels_last), denoiser.schedule.angle((ids + 0.5) / rows),
+        z.contiguous(memory_format=torch.channels_last),
+        denoiser.schedule.angle((ids + 0.5) / rows),
         ids % denoiser.num_classes if denoiser.num_classes else None,
         None if limits is None else torch.full((rows,), limits[1], device=device),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -69,9 +69,16 @@ class Pair:
 
     @torch.no_grad()
     def translate(
-        self, images: Tensor, source: Tensor | None, target: Tensor | None, w: float, *, clip: bool = True,
-        batch_size: int = 256, precision: str = "fp32",
-    ) -> Tensor:  # fmt: skip
+        self,
+        images: Tensor,
+        source: Tensor | None,
+        target: Tensor | None,
+        w: float,
+        *,
+        clip: bool = True,
+        batch_size: int = 256,
+        precision: str = "fp32",
+    ) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] of classes `source` as ones of classes `target`, float32 on the CPU.
 
         source, target: (B,) int64, or None for models without classes. With source = target it is a reconstruction.

@@ -66,11 +66,15 @@ def timed(monkeypatch, *facts, **others) -> Denoiser:
 @pytest.mark.parametrize(
     ("bf16_seconds", "error", "expected"),
     [
-        (0.5, 0.019, "bf16"), (0.95, 0.0, "bf16"),
-        (0.96, 0.0, "fp32"), (1.0, 0.0, "fp32"), (2.0, 0.0, "fp32"),
-        (0.5, 0.021, "fp32"), (0.5, float("nan"), "fp32"),
+        (0.5, 0.019, "bf16"),
+        (0.95, 0.0, "bf16"),
+        (0.96, 0.0, "fp32"),
+        (1.0, 0.0, "fp32"),
+        (2.0, 0.0, "fp32"),
+        (0.5, 0.021, "fp32"),
+        (0.5, float("nan"), "fp32"),
     ],
-)  # fmt: skip
+)
 def test_bf16_must_be_faster_and_close(monkeypatch, capsys, bf16_seconds, error, expected, backward):
     model = timed(monkeypatch, (1.0, bf16_seconds), error)
     assert precision.choose("auto", model, batch_size=8, backward=backward) == expected
@@ -160,9 +164,7 @@ def test_no_trace_is_left(new, guided, backward):
     frozen = next(denoiser.parameters()).requires_grad_(False)
     weights = {name: p.clone() for name, p in denoiser.state_dict().items()}
     state = torch.get_rng_state()
-    errors = {
-        precision.compare(Guided(denoiser) if guided else denoiser, 4, backward=backward)[1] for _ in range(2)
-    }  # fmt: skip
+    errors = {precision.compare(Guided(denoiser) if guided else denoiser, 4, backward=backward)[1] for _ in range(2)}
     assert len(errors) == 1  # no dropout, and one noise
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(weights[name], p) for name, p in denoiser.state_dict().items())
@@ -207,9 +209,12 @@ def test_the_first_process_decides_for_all(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*launch, tmp_path / "agree.py"], capture_output=True, text=True, timeout=200,
+        [*launch, tmp_path / "agree.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -205,8 +205,9 @@ class Stub(nn.Module):
 def stub_denoiser(classes=CLASSES, parameterization="v", network=None, **fields):
     config = DenoiserConfig(
         unet=UNetConfig(image_size=(4, 4), image_channels=1, num_classes=classes),
-        parameterization=parameterization, **fields,
-    )  # fmt: skip
+        parameterization=parameterization,
+        **fields,
+    )
     return Denoiser(config, network=Stub(classes) if network is None else network)
 
 
@@ -342,12 +343,47 @@ def test_every_parameterization_samples_the_same_images(parameterization, clip):
     torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
 
 
+# --- beside the kernels' own steps ---
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", ["ddim", "stochastic"])
+def test_the_kernels_steps_are_the_samplers(name, clip):
+    """`kernels.guided_step` and `stochastic_step` follow the same rules, from velocities instead of a model."""
+    steps, w, seen = 4, torch.tensor([0.0, 1.0, 2.5]), {}
+    key = {"seed": 3, "sample_ids": torch.tensor([4, 0, 9])}
+    z = kernels.randn((3, 1, 4, 4), seed=0, sample_ids=torch.arange(3), step=0, device="cpu").double()
+    inside, outside = torch.tanh, lambda z: 0.4 * z - 0.1
+
+    def guided(z, angle, label, guidance):
+        return (1 + wide(guidance)) * inside(z) - wide(guidance) * outside(z)
+
+    sampler = getattr(samplers, name)
+    last = sampler(guided, z, None, w, steps, schedule=COSINE, clip=clip, on_step=seen.__setitem__, **key)
+    angles = [full(3, COSINE.angle(i / steps)) if i else full(3, 0.0) for i in range(steps + 1)]
+    for i in range(steps, 0, -1):
+        start, far, to = (angles[max(at, 0)] for at in (i, i - 2, i - 1))
+        if name == "stochastic":
+            noise = key | {"step": i}
+            z = kernels.stochastic_step(z, inside(z), outside(z), w, start, far, to, clip=clip, **noise)
+        else:
+            z = kernels.guided_step(z, inside(z), outside(z), w, start, to, clip=clip)
+        torch.testing.assert_close(z, seen[i], rtol=0, atol=1e-10)
+    assert torch.equal(seen[1], last) and last.std() > 0.1
+
+
 # --- generate ---
 
 TINY = UNetConfig(
-    image_size=(8, 8), image_channels=1, num_classes=4, channels=16, channel_mult=(1, 1), blocks=1,
-    attention_resolutions=(4,), head_width=8,
-)  # fmt: skip
+    image_size=(8, 8),
+    image_channels=1,
+    num_classes=4,
+    channels=16,
+    channel_mult=(1, 1),
+    blocks=1,
+    attention_resolutions=(4,),
+    head_width=8,
+)
 
 
 def tiny(config=TINY, **fields):
@@ -417,13 +453,19 @@ def test_clip_is_on_unless_switched_off(steps):
 
 @pytest.mark.parametrize(
     ("config", "steps", "sampler"),
-    [({"guidance_range": (0.0, 4.0), "steps": 3}, 3, "ddim"),
-     ({"guidance_range": (0.0, 4.0), "steps": 4, "sampler": "stochastic"}, 4, "stochastic"),
-     ({"guidance_range": (0.0, 4.0), "kind": "sid", "steps": 1, "sampler": "one_step", "sigma_init": 2.5}, 1,
-      "one_step"),
-     ({}, 64, "ddim"), ({"kind": "stage1", "guidance_range": (0.0, 4.0)}, 64, "ddim")],
+    [
+        ({"guidance_range": (0.0, 4.0), "steps": 3}, 3, "ddim"),
+        ({"guidance_range": (0.0, 4.0), "steps": 4, "sampler": "stochastic"}, 4, "stochastic"),
+        (
+            {"guidance_range": (0.0, 4.0), "kind": "sid", "steps": 1, "sampler": "one_step", "sigma_init": 2.5},
+            1,
+            "one_step",
+        ),
+        ({}, 64, "ddim"),
+        ({"kind": "stage1", "guidance_range": (0.0, 4.0)}, 64, "ddim"),
+    ],
     ids=["deterministic", "stochastic", "SiD", "teacher", "stage 1"],
-)  # fmt: skip
+)
 def test_a_model_is_sampled_as_it_was_trained(config, steps, sampler):
     """Without a word about it; once, all were taken through ddim, and a bare teacher ignored its guidance."""
     denoiser, how = tiny(**config), Sampling(guidance=1.5, seed=5)
