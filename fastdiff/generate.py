@@ -69,10 +69,9 @@ def generate(
     if sampling.sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampling.sampler!r} is none of {', '.join(SAMPLERS)}")
     device, guidance = next(model.parameters()).device, sampling.guidance
-    if isinstance(labels, int):
-        num, labels = labels, torch.arange(labels) % model.num_classes if model.num_classes else None
-    else:
-        num = len(labels)
+    num = len(labels) if isinstance(labels, Tensor) else labels
+    if not isinstance(labels, Tensor):
+        labels = torch.arange(num) % model.num_classes if model.num_classes else None
     ids = torch.arange(num) if noise_ids is None else noise_ids
     draw = _batch(model, sampling, device)
     for start in range(0, num, sampling.batch_size):
