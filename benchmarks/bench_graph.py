@@ -13,7 +13,7 @@ import torch
 import kernels
 from fastdiff import graph
 from fastdiff.denoiser import Denoiser, DenoiserConfig
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
 from fastdiff.unet import PRESETS
 
 BATCHES = 10_000  # more than are timed
@@ -57,10 +57,8 @@ def student(lab) -> Denoiser:
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_sampling(benchmark, lab, student, steps, contender):
     batch = 1 if lab.tiny else 16
-    chunks = generate(
-        student, num=BATCHES * batch, guidance=1.0, steps=steps, batch_size=batch, precision="bf16",
-        graph=contender == "graph",
-    )  # fmt: skip
+    sampling = Sampling(guidance=1.0, steps=steps, batch_size=batch, precision="bf16", graph=contender == "graph")
+    chunks = generate(student, BATCHES * batch, sampling)
     for _ in range(2):  # the second one is recorded
         next(chunks)
     benchmark.group = f"student sampling in {steps} steps"

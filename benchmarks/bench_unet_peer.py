@@ -17,12 +17,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from tests.test_peers import from_diffusers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff.precision import LARGEST_ERROR, autocast
 from fastdiff.unet import PRESETS, Attention, UNet, UNetConfig
+from tests.peers.test_peers import from_diffusers
 
 AIM = 3.0  # times as fast as diffusers
 LARGEST_DIFFERENCE = 1e-4  # of the two networks' float32 outputs, relative

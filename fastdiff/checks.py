@@ -1,4 +1,4 @@
-"""What can be known before long work begins: devices, guidance strengths, and places for output."""
+"""What can be known before long work begins: devices, guidance, what a model can do, and places for output."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from fastdiff import files
-from fastdiff.denoiser import MAX_GUIDANCE, is_guidance
+from fastdiff.denoiser import MAX_GUIDANCE, DenoiserConfig, is_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling
+from fastdiff.schedule import CosineSchedule
 
 
 def device(name: str) -> None:
@@ -33,6 +35,41 @@ def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> Non
         raise UserError(f"--guidance {w:g}: {name} is unconditional, so there is nothing to guide; use 0")
     if trained is not None and not trained[0] <= w <= trained[1]:
         files.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
+
+
+def positive(options: object, *names: str) -> None:
+    """Raises UserError for an option that is there, and neither positive nor None."""
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def sampling(wanted: Sampling, config: DenoiserConfig, path: Path, *, force: bool = False) -> None:
+    """Raises UserError for steps or a sampler that the model at `path` cannot take, and warns of those that harm.
+
+    force: take a sampler that it was not trained for.
+    """
+    steps, sampler = wanted.steps, wanted.sampler
+    in_one = config.sigma_init is not None
+    if config.kind == "encoder":
+        raise UserError(f"{path} is an encoder, which makes noise of images: use fastdiff.translate")
+    if sampler is not None and (sampler == "one_step") != in_one:
+        made_for = "one-step generators alone" if sampler == "one_step" else "several-step models"
+        raise UserError(
+            f"--sampler {sampler} is for {made_for}, and {path} is a {config.kind} model: leave the option out"
+        )
+    if in_one and steps not in (None, 1):
+        raise UserError(f"--steps {steps}: {path} is a one-step generator; leave the option out")
+    if config.steps is not None and sampler not in (None, config.sampler) and not force:
+        raise UserError(
+            f"--sampler {sampler}: {path} was trained for the {config.sampler} sampler: "
+            "leave the option out, or use another all the same with --force"
+        )
+    if config.steps is not None and steps not in (None, config.steps):
+        files.warn(f"{path} was trained for {config.steps} steps; with {steps} its images will be worse")
+    if sampler == "heun" and isinstance(config.schedule, CosineSchedule):
+        files.warn(f"heun's first step is too long on the cosine schedule of {path}: ddim makes better images")
 
 
 def output(path: Path, overwrite: bool, *, file: bool) -> None:

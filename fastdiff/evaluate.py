@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from torch import nn
 from fastdiff import checks, cli, data, distributed, metrics
 from fastdiff.denoiser import require_fit
 from fastdiff.errors import UserError
-from fastdiff.precision import choose
-from fastdiff.sample import SamplingOptions, generate
+from fastdiff.generate import Sampling, generate
+from fastdiff.metrics import Row, find
+from fastdiff.sample import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,24 @@ class Reference:
 
     def describe(self) -> dict:
         return {
-            "data": self.dataset.name, "split": self.dataset.split, "images": len(self.dataset),
-            "extractor": self.extractor.name, "extractor_test_accuracy": round(self.extractor.accuracy, 4),
-            "half_against_half_fd": round(self.floor, 4), "score": round(self.moments.score(), 4),
-        }  # fmt: skip
+            "data": self.dataset.name,
+            "split": self.dataset.split,
+            "images": len(self.dataset),
+            "extractor": self.extractor.name,
+            "extractor_test_accuracy": round(self.extractor.accuracy, 4),
+            "half_against_half_fd": round(self.floor, 4),
+            "score": round(self.moments.score(), 4),
+        }
 
 
-def evaluate(
-    model: nn.Module, reference: Reference, *, name: str, guidance: float, steps: int, num: int, sampler: str = "ddim",
-    variance: float = 0.3, seed: int = 0, batch_size: int = 256, clip: bool = True, precision: str = "fp32",
-    graph: bool = False,
-) -> dict:  # fmt: skip
-    """One row of results: num images with the reference's own label frequencies, scored, timed, and calls counted."""
-    labels = None
+def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name: str, num: int) -> Row:
+    """num images with the reference's own label frequencies, scored, timed, and calls counted; guidance is a number."""
+    sampling, labels = sampling.settled(model.config), num
     if model.num_classes:
         evenly = torch.arange(num) * len(reference.dataset) // num  # data sets may be sorted by class
         labels = torch.from_numpy(reference.dataset.labels[evenly.numpy()])
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
-    chunks = generate(
-        model, num=num, labels=labels, guidance=guidance, steps=steps, sampler=sampler, variance=variance, seed=seed,
-        batch_size=batch_size, clip=clip, precision=precision, graph=graph,
-    )  # fmt: skip
+    chunks = generate(model, labels, sampling)
     while True:
         start = time.perf_counter()
         images = next(chunks, None)
@@ -66,35 +64,39 @@ def evaluate(
         seconds += time.perf_counter() - start
         reference.extractor.add(moments, images)
     calls = int(distributed.total(torch.tensor(model.network_rows - rows)))
-    return {
-        "model": name, "sampler": sampler, "steps": steps, "nfe": calls / num,
-        "guidance": guidance,
-        "fd": round(metrics.frechet_distance(moments, reference.moments), 4), "score": round(moments.score(), 4),
-        "images_per_second": round(num / seconds, 2), "num": num, "seed": seed,
-    }  # fmt: skip
+    return Row(
+        model=name,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        nfe=calls / num,
+        guidance=sampling.guidance,
+        fd=round(metrics.frechet_distance(moments, reference.moments), 4),
+        score=round(moments.score(), 4),
+        images_per_second=round(num / seconds, 2),
+        num=num,
+        seed=sampling.seed,
+    )
 
 
-def table(rows: Sequence[dict], reference: dict) -> str:
+def table(rows: Sequence[Row], reference: dict) -> str:
     """Rows of `evaluate` as Markdown: a line a model and step count, a column a guidance strength."""
-    strengths = sorted({row["guidance"] for row in rows})
+    strengths = sorted({row.guidance for row in rows})
     lines = [
         "| model | steps | " + " | ".join(f"w = {w:g}: calls | FD | score" for w in strengths) + " |",
         "|---|---:|" + "---:|---:|---:|" * len(strengths),
     ]
-    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+    for model, steps in dict.fromkeys((row.model, row.steps) for row in rows):
         cells = []
         for w in strengths:
-            found = [r for r in rows if (r["model"], r["steps"], r["guidance"]) == (model, steps, w)]
-            cells += (
-                [f"{found[0]['nfe']:g}", f"{found[0]['fd']:.2f}", f"{found[0]['score']:.2f}"] if found else [""] * 3
-            )
+            row = find(rows, model, steps, w)
+            cells += [f"{row.nfe:g}", f"{row.fd:.2f}", f"{row.score:.2f}"] if row else [""] * 3
         lines.append(f"| {model} | {steps} | " + " | ".join(cells) + " |")
-    nums = sorted({row["num"] for row in rows})
+    nums = sorted({row.num for row in rows})
     lines += [
         "",
         f"FD: Fréchet distance on features of {reference['extractor']} (test accuracy "
         f"{reference['extractor_test_accuracy']:.1%}), not FID. {' or '.join(map(str, nums))} samples against the "
-        f"{reference['images']} images of {reference['data']}'s {reference['split']} split, seed {rows[0]['seed']}. "
+        f"{reference['images']} images of {reference['data']}'s {reference['split']} split, seed {rows[0].seed}. "
         f"One half of those images against the other: {reference['half_against_half_fd']:.2f}. Score: exp of the mean "
         f"KL of the predicted classes to their marginal; the real images have {reference['score']:.2f}.",
     ]
@@ -117,23 +119,21 @@ def main(options: Options) -> None:
         raise UserError("--num 1: a score needs at least 2 images")
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
-    model, steps, sampler = options.model()
+    model = options.load()
     for guidance in options.guidance:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     require_fit(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
-    precision, rows = choose(options.precision, model, batch_size=min(options.num, options.batch_size)), []
+    rows, sampling = [], options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:
-        rows.append(evaluate(
-            model, reference, name=str(options.checkpoint), guidance=guidance, steps=steps, num=options.num,
-            sampler=sampler, variance=options.variance, seed=options.seed, batch_size=options.batch_size,
-            clip=options.clip, precision=precision, graph=options.graph,
-        ))  # fmt: skip
+        one = replace(sampling, guidance=guidance)
+        rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num))
         if distributed.is_first():
-            print(json.dumps(rows[-1]))
+            print(json.dumps(asdict(rows[-1])))
     if distributed.is_first():
-        options.out.write_text(json.dumps({"reference": reference.describe(), "rows": rows}, indent=1) + "\n")
+        results = {"reference": reference.describe(), "rows": [asdict(row) for row in rows]}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(rows, reference.describe()))
 
 

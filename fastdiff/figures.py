@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.data import to_uint8
+from fastdiff.metrics import Row
 
 
 def grid(images: Tensor, *, columns: int, padding: int = 1, min_side: int = 24) -> np.ndarray:
@@ -38,6 +39,12 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
     Image.fromarray(grid(images, columns=columns)).save(path)
 
 
+def save_image(image: Tensor, path: Path) -> None:
+    """One image (C, H, W) in [−1, 1] as a picture file."""
+    pixels = to_uint8(image[None])[0].cpu().numpy().transpose(1, 2, 0)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+
+
 def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int) -> None:
     """Several grids of the same size side by side, each under its title."""
     pictures = [grid(images, columns=columns) for _, images in panels]
@@ -51,13 +58,13 @@ def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, colum
     figure.savefig(path, dpi=110)
 
 
-def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
+def plot_quality(rows: Sequence[Row], floor: float, path: str | Path) -> None:
     """Fréchet distance against network calls per image, log axes; one panel a guidance strength, one line a model."""
-    strengths = sorted({row["guidance"] for row in rows})
+    strengths = sorted({row.guidance for row in rows})
     figure, axes = _subplots(len(strengths), figsize=(4 * len(strengths), 3.4), sharey=True)
     for axis, strength in zip(axes[0], strengths, strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            points = sorted((r["nfe"], r["fd"]) for r in rows if r["model"] == model and r["guidance"] == strength)
+        for model in dict.fromkeys(row.model for row in rows):
+            points = sorted((r.nfe, r.fd) for r in rows if r.model == model and r.guidance == strength)
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=model)
         axis.axhline(floor, color="grey", linestyle=":", linewidth=1, label="one half of the data against the other")
@@ -70,16 +77,16 @@ def plot_quality(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
+def plot_methods(rows: Sequence[Row], floor: float, path: str | Path) -> None:
     """FD (upper row) and score (lower row) against steps, one column a guidance strength, one line a method."""
-    strengths = sorted({row["guidance"] for row in rows})
+    strengths = sorted({row.guidance for row in rows})
     figure, axes = _subplots(len(strengths), rows=2, figsize=(3.6 * len(strengths), 6.4), sharey="row", sharex=True)
-    methods = list(dict.fromkeys(row["model"] for row in rows))
+    methods = list(dict.fromkeys(row.model for row in rows))
     for column, strength in enumerate(strengths):
         for axis, key in zip(axes[:, column], ("fd", "score"), strict=True):
             for color, model in enumerate(methods):
-                here = [r for r in rows if r["model"] == model and r["guidance"] == strength]
-                points = sorted((r["steps"], r[key]) for r in here)
+                here = [r for r in rows if r.model == model and r.guidance == strength]
+                points = sorted((r.steps, getattr(r, key)) for r in here)
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{color}", label=model)
             axis.set(yscale="log" if key == "fd" else "linear")
@@ -95,22 +102,20 @@ def plot_methods(rows: Sequence[dict], floor: float, path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_trade_off(rows: Sequence[dict], path: str | Path) -> None:
+def plot_trade_off(rows: Sequence[Row], path: str | Path) -> None:
     """Score against FD, each line one method over the guidance strengths; one panel a step count.
 
     Dotted, in every panel: the method that is there with the most steps, with those.
     """
     from matplotlib.ticker import NullFormatter
 
-    most = max(row["steps"] for row in rows)
-    counts = [steps for steps in (1, 2, 4, 8, 16) if any(row["steps"] == steps for row in rows)] or [most]
+    most = max(row.steps for row in rows)
+    counts = [steps for steps in (1, 2, 4, 8, 16) if any(row.steps == steps for row in rows)] or [most]
     figure, axes = _subplots(len(counts), figsize=(max(3.6 * len(counts), 7), 4), sharey=True)
     for axis, steps in zip(axes[0], counts, strict=True):
-        for color, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        for color, model in enumerate(dict.fromkeys(row.model for row in rows)):
             for count in dict.fromkeys((steps, most)):
-                points = [
-                    (r["guidance"], r["fd"], r["score"]) for r in rows if (r["model"], r["steps"]) == (model, count)
-                ]
+                points = [(r.guidance, r.fd, r.score) for r in rows if (r.model, r.steps) == (model, count)]
                 if len(points) > 1:
                     _, fd, score = zip(*sorted(points), strict=True)
                     style = {"linestyle": "-", "label": model}

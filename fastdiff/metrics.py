@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -73,6 +74,30 @@ def frechet_of_gaussians(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tenso
     # (Σ1·Σ2)^½ has the eigenvalues of the symmetric (Σ1^½·Σ2·Σ1^½)^½, which has no complex rounding residue.
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of results: what was drawn from which model, and its scores; in JSON an object with these keys."""
+
+    model: str
+    sampler: str
+    steps: int
+    nfe: float
+    """Network calls an image."""
+    guidance: float
+    fd: float
+    """Fréchet distance to the real images."""
+    score: float
+    images_per_second: float
+    num: int
+    """Images that were scored."""
+    seed: int
+
+
+def find(rows: Iterable[Row], model: str, steps: int, w: float) -> Row | None:
+    """The row of a model at a number of steps and a strength."""
+    return next((row for row in rows if (row.model, row.steps, row.guidance) == (model, steps, w)), None)
 
 
 class Classifier(nn.Module):
@@ -175,9 +200,13 @@ def _train(network: Classifier, train: data.Dataset, test: data.Dataset) -> floa
     network.train()
     what = f"feature extractor for {train.name}, once"
     for _ in trange(
-        updates, desc=what, unit="update", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20,
+        updates,
+        desc=what,
+        unit="update",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
         disable=not distributed.is_first(),
-    ):  # fmt: skip
+    ):
         batch = next(batches)
         _, logits = network(data.to_float(batch.images))
         F.cross_entropy(logits, batch.labels).backward()

@@ -115,11 +115,9 @@ def _inputs(denoiser: Denoiser, rows: int) -> tuple[Tensor | None, ...]:
     device, limits = next(denoiser.parameters()).device, denoiser.config.guidance_range
     ids = torch.arange(rows, device=device)
     z = kernels.randn((rows, *denoiser.image_shape), seed=0, sample_ids=ids, step=0, device=device)
-    return (
-        z.contiguous(memory_format=torch.channels_last), denoiser.schedule.angle((ids + 0.5) / rows),
-        ids % denoiser.num_classes if denoiser.num_classes else None,
-        None if limits is None else torch.full((rows,), limits[1], device=device),
-    )  # fmt: skip
+    label = ids % denoiser.num_classes if denoiser.num_classes else None
+    w = None if limits is None else torch.full((rows,), limits[1], device=device)
+    return z.contiguous(memory_format=torch.channels_last), denoiser.schedule.angle((ids + 0.5) / rows), label, w
 
 
 @torch.no_grad()

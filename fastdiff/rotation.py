@@ -31,15 +31,19 @@ class Affine(NamedTuple):
         """The velocity."""
         return kernels.affine_update(z, self.a, self.b, coef_z=self.coef_z, coef_a=self.coef_a, coef_b=self.coef_b)
 
+    def combine(self, z: Tensor, coef_z: Tensor, coef_v: Tensor, clip: kernels.Clip | None = None) -> Tensor:
+        """coef_z·z + coef_v·velocity, coefficients (B,) float64, in one pass; `clip` as for `kernels.affine_update`."""
+        coef_b = None if self.coef_b is None else coef_v * self.coef_b
+        coef_z = coef_z + coef_v * self.coef_z
+        return kernels.affine_update(
+            z, self.a, self.b, coef_z=coef_z, coef_a=coef_v * self.coef_a, coef_b=coef_b, clip=clip
+        )
+
     def clipped(self, z: Tensor, angle: Tensor, limit: float) -> Tensor:
         """The velocity (cos φ·z − x)/sin φ that belongs to x = clip(x̂)."""
         angle = angle.double()
         sin, cos = torch.sin(angle), torch.cos(angle)
-        return kernels.affine_update(
-            z, self.a, self.b, coef_z=cos - sin * self.coef_z, coef_a=-sin * self.coef_a,
-            coef_b=None if self.coef_b is None else -sin * self.coef_b,
-            clip=kernels.Clip(limit, cos / sin, -1 / sin),
-        )  # fmt: skip
+        return self.combine(z, cos, -sin, kernels.Clip(limit, cos / sin, -1 / sin))
 
 
 def _combine(z: Tensor, v: Tensor, coef_z: Tensor, coef_v: Tensor) -> Tensor:

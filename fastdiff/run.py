@@ -56,9 +56,7 @@ class Run:
             if isinstance(config["options"]["updates"], int):
                 return config
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{self.folder} holds no run of fastdiff (no config.json): name the --out of one"
-            ) from None
+            raise UserError(f"{self.folder} holds no run of fastdiff (no config.json): name the --out of one") from None
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise UserError(f"{self._config} is damaged, or not of a run of fastdiff: name the --out of one")
@@ -107,8 +105,10 @@ class Run:
 
     def _check_same(self, before: dict, now: dict, lasting: Callable[[dict], dict]) -> None:
         old, new = lasting(before["options"]), lasting(now["options"])
-        shown = [kept | {key: config["options"].get(key, kept.get(key)) for key in kept}
-                 for kept, config in ((old, before), (new, now))]
+        shown = [
+            kept | {key: config["options"].get(key, kept.get(key)) for key in kept}
+            for kept, config in ((old, before), (new, now))
+        ]
         changed = [
             f"--{key.replace('_', '-')} was {shown[0].get(key)}, is {shown[1].get(key)}"
             for key in sorted(old.keys() | new.keys())

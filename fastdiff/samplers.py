@@ -1,7 +1,8 @@
 """Samplers: a model and noise in, images out.
 
 `model` is any callable (z, angle, label, guidance) -> velocity; one with a method `affine` (Denoiser, Guided) has its
-raw network outputs fused into the step. Every step is z' = c_z·z + c_x·clip(x̂) with coefficients from `rotation`.
+raw network outputs fused into the step. Every step is z' = c_z·z + c_x·clip(x̂) [+ std·ε], with coefficients from
+`rotation`. A sampler of one such step a call is a rule that says what they are: `sampler` makes the rest.
 """
 
 from __future__ import annotations
@@ -19,59 +20,77 @@ from fastdiff.schedule import Schedule
 
 Model = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 OnStep = Callable[[int, Tensor], None]
+Coefficients = tuple[Tensor, Tensor, Tensor | None]
+Angles = Callable[[int], Tensor]  # i -> φ(i/steps), (B,) float64; 0 for i = 0
 SIGMA_INIT = 2.5  # the noise level from which [SiD]'s generators start
 
 
-def ddim(
-    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+def sampler(rule: Callable[..., Coefficients]) -> Callable[..., Tensor]:
+    """A sampler from its rule (angle, i) -> (c_z, c_x, std) of the step from angle(i) to angle(i − 1), (B,) float64.
+
+    std None: the sampler needs no noise. What else the rule takes, the sampler takes by name.
+    """
+
+    def draw(
+        model: Model,
+        noise: Tensor,
+        label: Tensor | None,
+        guidance: Tensor | float | None,
+        steps: int,
+        *,
+        schedule: Schedule,
+        clip: float | None = None,
+        seed: int = 0,
+        sample_ids: Tensor | None = None,
+        on_step: OnStep | None = None,
+        **settings: float,
+    ) -> Tensor:
+        _check_steps(steps)
+        guidance = as_guidance(guidance, noise)
+        z = noise
+
+        def angle(i: int) -> Tensor:
+            return _at(schedule, i / steps, z) if i else z.new_zeros(z.shape[:1], dtype=torch.float64)
+
+        for i in range(steps, 0, -1):
+            c_z, c_x, std = rule(angle, i, **settings)
+            added = {} if std is None or i == 1 else _noise(std, z, seed, sample_ids, i)
+            z = _step(model, z, angle(i), label, guidance, c_z, c_x, clip, **added)
+            if on_step is not None:
+                on_step(i, z)
+        return z
+
+    draw.__name__ = draw.__qualname__ = rule.__name__
+    draw.__doc__ = rule.__doc__
+    return draw
+
+
+@sampler
+def ddim(angle: Angles, i: int) -> Coefficients:
     """DDIM in `steps` steps from φ(1) to 0 ([GD] eq. 4): (B, C, H, W) noise -> images of the same shape, float32.
 
     guidance: w as a number or (B,); None is 0. clip: limit on x̂ in every step. seed, sample_ids ((B,) int64, default
     0, 1, …): the key of the noise of samplers that need some; unused here, so that samplers are interchangeable.
     on_step(i, z) is called after each step, i = steps down to 1. Raises ValueError for steps < 1.
     """
-    guidance = as_guidance(guidance, noise)
-    z = noise
-    for i, angle in _grid(schedule, steps, z):
-        z = _step(model, z, angle(i), label, guidance, *rotation.ddim(angle(i), angle(i - 1)), clip)
-        if on_step is not None:
-            on_step(i, z)
-    return z
+    return *rotation.ddim(angle(i), angle(i - 1)), None
 
 
-def stochastic(
-    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+@sampler
+def stochastic(angle: Angles, i: int) -> Coefficients:
     """Steps twice as long as DDIM's, each followed by noising half of the way back up ([GD] section 3.3).
 
     Arguments as for `ddim`; `steps` network calls. The step from φ(i/N) goes to φ((i−2)/N), the noise back to
     φ((i−1)/N); the last goes to 0. It fits a student trained for it, or a teacher.
     """
-    guidance = as_guidance(guidance, noise)
-    z = noise
-    for i, angle in _grid(schedule, steps, z):
-        far = angle(max(i - 2, 0))
-        c_z, c_x = rotation.ddim(angle(i), far)
-        keep, std = rotation.noise_back(far, angle(i - 1))  # (1, 0) in the last step
-        z = _step(
-            model, z, angle(i), label, guidance, keep * c_z, keep * c_x, clip,
-            **({} if i == 1 else _noise(std, z, seed, sample_ids, i)),
-        )  # fmt: skip
-        if on_step is not None:
-            on_step(i, z)
-    return z
+    far = angle(max(i - 2, 0))
+    c_z, c_x = rotation.ddim(angle(i), far)
+    keep, std = rotation.noise_back(far, angle(i - 1))  # (1, 0) in the last step
+    return keep * c_z, keep * c_x, std
 
 
-def ancestral(
-    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
-    on_step: OnStep | None = None, variance: float = 0.3,
-) -> Tensor:  # fmt: skip
+@sampler
+def ancestral(angle: Angles, i: int, *, variance: float = 0.3) -> Coefficients:
     """DDPM's sampler: each step draws from q(z_s | z_t, x̂) with a variance between its two bounds; the last returns x̂.
 
     Arguments as for `ddim`. variance: γ in [0, 1], between the lower and the upper bound in the logarithm; [GD] takes
@@ -79,24 +98,22 @@ def ancestral(
     """
     if not 0 <= variance <= 1:
         raise ValueError(f"ancestral: variance must be in [0, 1], got {variance}")
-    guidance = as_guidance(guidance, noise)
-    z = noise
-    for i, angle in _grid(schedule, steps, z):
-        c_z, c_x, std = rotation.ancestral(angle(i), angle(i - 1), variance)
-        z = _step(
-            model, z, angle(i), label, guidance, c_z, c_x, clip,
-            **({} if i == 1 else _noise(std, z, seed, sample_ids, i)),
-        )  # fmt: skip
-        if on_step is not None:
-            on_step(i, z)
-    return z
+    return rotation.ancestral(angle(i), angle(i - 1), variance)
 
 
 def heun(
-    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
+    model: Model,
+    noise: Tensor,
+    label: Tensor | None,
+    guidance: Tensor | float | None,
+    steps: int,
+    *,
+    schedule: Schedule,
+    clip: float | None = None,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
     on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Heun's second-order steps in σ = tan φ, 2·steps − 1 network calls ([EDM] algorithm 1 without churn).
 
     Arguments as for `ddim`; clip limits x̂ in both calls of a step. The angles are [EDM]'s: φ(t) at t = 1,
@@ -125,9 +142,15 @@ def heun(
 
 
 def encode(
-    model: Model, images: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int, *,
-    schedule: Schedule, on_step: OnStep | None = None,
-) -> Tensor:  # fmt: skip
+    model: Model,
+    images: Tensor,
+    label: Tensor | None,
+    guidance: Tensor | float | None,
+    steps: int,
+    *,
+    schedule: Schedule,
+    on_step: OnStep | None = None,
+) -> Tensor:
     """DDIM backwards in `steps` steps from an image, taken as z at φ(0), up to its noise at φ(1) ([GD] section 5).
 
     Arguments as for `ddim`; images (B, C, H, W) in [−1, 1]. on_step(i, z) is called with i = 1 to steps.
@@ -137,22 +160,27 @@ def encode(
     _check_steps(steps)
     for i in range(steps):
         start, end = _at(schedule, i / steps, z), _at(schedule, (i + 1) / steps, z)
-        v = velocity(model, z, start, label, guidance)
-        cos, sin = torch.cos(end - start), torch.sin(end - start)
-        z = kernels.affine_update(
-            z, v.a, v.b, coef_z=cos + sin * v.coef_z, coef_a=sin * v.coef_a,
-            coef_b=None if v.b is None else sin * v.coef_b,
-        )  # fmt: skip
+        turn = end - start
+        z = velocity(model, z, start, label, guidance).combine(z, torch.cos(turn), torch.sin(turn))
         if on_step is not None:
             on_step(i + 1, z)
     return z
 
 
 def one_step(
-    model: Model, noise: Tensor, label: Tensor | None, guidance: Tensor | float | None, steps: int = 1, *,
-    schedule: Schedule, clip: float | None = None, seed: int = 0, sample_ids: Tensor | None = None,
-    on_step: OnStep | None = None, sigma: float = SIGMA_INIT,
-) -> Tensor:  # fmt: skip
+    model: Model,
+    noise: Tensor,
+    label: Tensor | None,
+    guidance: Tensor | float | None,
+    steps: int = 1,
+    *,
+    schedule: Schedule,
+    clip: float | None = None,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    on_step: OnStep | None = None,
+    sigma: float = SIGMA_INIT,
+) -> Tensor:
     """x̂ of noise alone, by a generator that was distilled for it ([SiD]): G(sin φ·noise, φ) with tan φ = sigma.
 
     Arguments as for `ddim`. Raises ValueError for steps other than 1.
@@ -164,6 +192,9 @@ def one_step(
     if on_step is not None:
         on_step(1, x)
     return x
+
+
+SAMPLERS = {draw.__name__: draw for draw in (ddim, stochastic, ancestral, heun, one_step)}
 
 
 def denoised(
@@ -195,16 +226,6 @@ def as_guidance(guidance: Tensor | float | None, like: Tensor) -> Tensor | None:
     return guidance.to(like.device, torch.float32)
 
 
-def _grid(schedule: Schedule, steps: int, z: Tensor):
-    """(i, angle) for i = steps..1, where angle(i) is φ(i/steps) as (B,) float64, and 0 for i = 0."""
-    _check_steps(steps)
-
-    def angle(i: int) -> Tensor:
-        return _at(schedule, i / steps, z) if i else z.new_zeros(z.shape[:1], dtype=torch.float64)
-
-    return ((i, angle) for i in range(steps, 0, -1))
-
-
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got {steps}")
@@ -223,12 +244,10 @@ def _noise(std: Tensor, z: Tensor, seed: int, sample_ids: Tensor | None, step: i
 def _step(model, z, angle, label, guidance, c_z: Tensor, c_x: Tensor, clip: float | None, **noise) -> Tensor:
     """c_z·z + c_x·clip(x̂) [+ noise], with x̂ = cos φ·z − sin φ·v, in one pass over the data."""
     v = velocity(model, z, angle, label, guidance)
-    x_z, x_v = torch.cos(angle) - torch.sin(angle) * v.coef_z, -torch.sin(angle)
-    if clip is not None:
-        limit, outer_z, outer_x = kernels.Clip(clip, c_z, c_x), 0.0, 1.0
+    x_z, x_v, limit = torch.cos(angle) - torch.sin(angle) * v.coef_z, -torch.sin(angle), None
+    if clip is None:
+        x_z, x_v = c_z + c_x * x_z, c_x * x_v
     else:
-        limit, outer_z, outer_x = None, c_z, c_x
-    return kernels.affine_update(
-        z, v.a, v.b, clip=limit, coef_z=outer_z + outer_x * x_z, coef_a=outer_x * x_v * v.coef_a,
-        coef_b=None if v.b is None else outer_x * x_v * v.coef_b, **noise,
-    )  # fmt: skip
+        limit = kernels.Clip(clip, c_z, c_x)
+    coef_b = None if v.b is None else x_v * v.coef_b
+    return kernels.affine_update(z, v.a, v.b, clip=limit, coef_z=x_z, coef_a=x_v * v.coef_a, coef_b=coef_b, **noise)

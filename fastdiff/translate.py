@@ -15,8 +15,8 @@ from fastdiff import checkpoint, checks, cli, data, figures, files, samplers
 from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import TEACHER_STEPS
 from fastdiff.precision import Precision, autocast, choose
-from fastdiff.sample import TEACHER_STEPS, save_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -69,9 +69,16 @@ class Pair:
 
     @torch.no_grad()
     def translate(
-        self, images: Tensor, source: Tensor | None, target: Tensor | None, w: float, *, clip: bool = True,
-        batch_size: int = 256, precision: str = "fp32",
-    ) -> Tensor:  # fmt: skip
+        self,
+        images: Tensor,
+        source: Tensor | None,
+        target: Tensor | None,
+        w: float,
+        *,
+        clip: bool = True,
+        batch_size: int = 256,
+        precision: str = "fp32",
+    ) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] of classes `source` as ones of classes `target`, float32 on the CPU.
 
         source, target: (B,) int64, or None for models without classes. With source = target it is a reconstruction.
@@ -127,7 +134,7 @@ def main(options: Options) -> None:
     for w in options.guidance:
         columns.append(pair.translate(pictures, source, target, w, **how))
         for file, image in zip(files, columns[-1], strict=True):
-            save_image(image, _output(options, file, w))
+            figures.save_image(image, _output(options, file, w))
         compared = {"pair": pair} if goes_back else {}
         if undistilled is not None:
             compared["undistilled"] = pair.undistilled(undistilled, w)
@@ -148,9 +155,7 @@ def rmse(images: Tensor, others: Tensor) -> float:
 
 def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     """The pair, and the undistilled model to compare with. Raises UserError where things do not fit together."""
-    for name in ("encoder_steps", "decoder_steps", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    checks.positive(options, "encoder_steps", "decoder_steps", "batch_size")
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     checks.device(options.device)

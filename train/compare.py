@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -18,8 +18,9 @@ from fastdiff.cli import number
 from fastdiff.denoiser import MAX_GUIDANCE, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
+from fastdiff.generate import Sampling, generate
+from fastdiff.metrics import Row
 from fastdiff.precision import Precision
-from fastdiff.sample import generate
 from fastdiff.translate import Pair, rmse
 from train import encoder, loop, sid, stage1, stage2, teacher, two_student
 
@@ -84,6 +85,10 @@ class Method(NamedTuple):
     sampler: str
     steps: int
     guidance: tuple[float, ...]
+
+    def sampling(self, w: float, options: Options) -> Sampling:
+        how = {"seed": options.seed, "precision": options.precision}
+        return Sampling(guidance=w, steps=self.steps, sampler=self.sampler, **how)
 
 
 def main(options: Options) -> None:
@@ -207,10 +212,7 @@ def score(method: Method, options: Options, reference: Reference, results: dict)
         if find(results["rows"], method.name, method.steps, w) is not None:
             continue
         model = model or with_guidance(checkpoint.load(method.checkpoint, device=options.device))
-        row = evaluate(
-            model, reference, name=method.name, guidance=w, steps=method.steps, num=options.num,
-            sampler=method.sampler, seed=options.seed, precision=options.precision,
-        )  # fmt: skip
+        row = asdict(evaluate(model, reference, method.sampling(w, options), name=method.name, num=options.num))
         results["rows"].append(row | {"letter": method.letter})
         save_results(options, results)
         print(json.dumps(row), flush=True)
@@ -260,10 +262,8 @@ def time_all(options: Options, rows: list[dict]) -> dict:
 
     def seconds(method: Method, w: float, steps: int) -> float:
         start = time.perf_counter()
-        for images in generate(
-            model(method.checkpoint), num=TIMED_BATCH, guidance=w, steps=steps, sampler=method.sampler,
-            seed=options.seed, batch_size=TIMED_BATCH, precision=options.precision,
-        ):  # fmt: skip
+        sampling = replace(method.sampling(w, options), steps=steps, batch_size=TIMED_BATCH)
+        for images in generate(model(method.checkpoint), TIMED_BATCH, sampling):
             images.cpu()  # waits for the device
         return time.perf_counter() - start
 
@@ -485,8 +485,9 @@ def _number(value: float | None) -> str:
 def draw(results: dict, options: Options, reference: Reference) -> None:
     """The figures: FD and score against steps for each w, FD against score over w, and samples for each w."""
     if results["rows"]:
-        figures.plot_methods(results["rows"], reference.floor, options.out / "quality-vs-steps.png")
-        figures.plot_trade_off(results["rows"], options.out / "trade-off.png")
+        rows = [Row(**{key: value for key, value in row.items() if key != "letter"}) for row in results["rows"]]
+        figures.plot_methods(rows, reference.floor, options.out / "quality-vs-steps.png")
+        figures.plot_trade_off(rows, options.out / "trade-off.png")
     wanted = [("teacher", max(options.teacher_steps))]
     wanted += [(key, steps) for key in ("deterministic", "stochastic") for steps in (8, 4, 1)]
     wanted.append(("sid", 1))
@@ -496,12 +497,9 @@ def draw(results: dict, options: Options, reference: Reference) -> None:
     for w in options.guidance if shown else ():
         panels = []
         for method in shown:
-            images = generate(
-                with_guidance(checkpoint.load(method.checkpoint, device=options.device)), num=classes * columns,
-                labels=torch.arange(classes).repeat_interleave(columns), guidance=w, steps=method.steps,
-                noise_ids=torch.arange(columns).repeat(classes), sampler=method.sampler, seed=options.seed,
-                precision=options.precision,
-            )  # fmt: skip
+            model = with_guidance(checkpoint.load(method.checkpoint, device=options.device))
+            labels, ids = torch.arange(classes).repeat_interleave(columns), torch.arange(columns).repeat(classes)
+            images = generate(model, labels, method.sampling(w, options), noise_ids=ids)
             panels.append((f"{method.name}, {method.steps}", torch.cat([part.cpu() for part in images])))
         figures.save_panels(panels, options.out / f"samples-w{number(w)}.png", columns=columns)
 

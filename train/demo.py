@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from fastdiff import checkpoint, checks, cli, data, figures
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
+from fastdiff.metrics import Row, find
 from fastdiff.precision import Precision
-from fastdiff.sample import generate
 from train import loop, rounds, sid, stage1, stage2, teacher
 
 GUIDANCE = (0.0, 1.0, 4.0)
@@ -76,10 +77,17 @@ def main(options: Options) -> None:
     samples(models, options.out / "samples.png", options.seed)
     figures.plot_quality(rows, reference.floor, options.out / "quality-vs-calls.png")
     results = {
-        "reference": reference.describe(), "rows": rows, "timing": timing, "training": _training(options.out),
-        "seconds_of_this_run": round(clock.elapsed()), "torch": torch.__version__, "device": options.device,
-        "cores": os.cpu_count(), "machine": platform.machine(), "peak_memory_gb": _peak_memory_gb(),
-    }  # fmt: skip
+        "reference": reference.describe(),
+        "rows": [asdict(row) for row in rows],
+        "timing": timing,
+        "training": _training(options.out),
+        "seconds_of_this_run": round(clock.elapsed()),
+        "torch": torch.__version__,
+        "device": options.device,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "peak_memory_gb": _peak_memory_gb(),
+    }
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "report.md").write_text(report(results, options))
     print(table(rows, reference.describe()))
@@ -168,26 +176,24 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
     return Models(guided, first, students, generator)
 
 
-def score_all(options: Options, models: Models, reference: Reference) -> list[dict]:
+def score_all(options: Options, models: Models, reference: Reference) -> list[Row]:
     """The guided teacher with DDIM and its students, at each guidance strength."""
-    return [
-        evaluate(
-            model, reference, name=name, guidance=w, steps=steps, num=options.num, sampler=model.config.sampler,
-            seed=options.seed, precision=options.precision,
-        )
-        for name, model, steps in models.rows() for w in GUIDANCE
-    ]  # fmt: skip
+    rows = []
+    for name, model, steps in models.rows():
+        for w in GUIDANCE:
+            sampling = Sampling(guidance=w, steps=steps, seed=options.seed, precision=options.precision)
+            rows.append(evaluate(model, reference, sampling, name=name, num=options.num))
+    return rows
 
 
 def time_all(models: Models, options: Options) -> dict:
     """Wall-clock of one batch: the 1024-step guided teacher against few-step students, in one run."""
 
+    how = Sampling(guidance=1.0, seed=options.seed, batch_size=TIMED_BATCH, precision=options.precision)
+
     def seconds(model: torch.nn.Module, steps: int) -> float:
         start = time.perf_counter()
-        for images in generate(
-            model, num=TIMED_BATCH, guidance=1.0, steps=steps, sampler=model.config.sampler, seed=options.seed,
-            batch_size=TIMED_BATCH, precision=options.precision,
-        ):  # fmt: skip
+        for images in generate(model, TIMED_BATCH, replace(how, steps=steps)):
             images.cpu()
         return time.perf_counter() - start
 
@@ -219,22 +225,19 @@ def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance
     panels += [("student", models.students[steps], steps) for steps in STUDENT_STEPS] + [("SiD", models.sid, 1)]
     drawn = []
     for name, model, steps in panels:
-        images = generate(
-            model, num=classes * columns, labels=torch.arange(classes).repeat_interleave(columns),
-            noise_ids=torch.arange(columns).repeat(classes), guidance=guidance, steps=steps, seed=seed,
-            sampler=model.config.sampler,
-        )  # fmt: skip
+        labels, ids = torch.arange(classes).repeat_interleave(columns), torch.arange(columns).repeat(classes)
+        images = generate(model, labels, Sampling(guidance=guidance, steps=steps, seed=seed), noise_ids=ids)
         drawn.append((_with_steps(name, steps), torch.cat([part.cpu() for part in images])))
     figures.save_panels(drawn, path, columns=columns)
 
 
 def report(results: dict, options: Options) -> str:
     """report.md: the table, the figures that matter, and how to make it again."""
-    rows, timing = results["rows"], results["timing"]
+    rows, timing = [Row(**row) for row in results["rows"]], results["timing"]
     training = sum(run["seconds"] for run in results["training"])
 
     def fd(model: str, steps: int, w: float) -> float:
-        return next(r["fd"] for r in rows if (r["model"], r["steps"], r["guidance"]) == (model, steps, w))
+        return find(rows, model, steps, w).fd
 
     lines = [
         f"# {options.preset}: a guided teacher and its few-step students", "",
@@ -307,7 +310,7 @@ def _evaluation_seconds(model: Denoiser, options: Options) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        for images in generate(model, num=batch, steps=1, batch_size=batch, precision=options.precision):
+        for images in generate(model, batch, Sampling(steps=1, batch_size=batch, precision=options.precision)):
             images.cpu()
         times.append(time.perf_counter() - start)
     calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * (sum(STUDENT_STEPS) + 1)

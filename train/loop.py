@@ -30,9 +30,9 @@ import fastdiff
 from fastdiff import checkpoint, checks, data, distributed, figures
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses.batch import TIME, Batch
 from fastdiff.precision import Choice, Precision, agreed, autocast, check
-from fastdiff.sample import generate
 from fastdiff.unet import UNetConfig
 
 MANY_SAMPLES = 10_000  # the fewest over which the share of losses that are not finite is judged
@@ -546,11 +546,10 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
     low, high = denoiser.config.guidance_range or (0.0, 1.0)
     rows = min(classes or 4, 10)
     labels = torch.arange(rows).repeat_interleave(columns) * max(1, classes // rows) if classes else None
-    images = torch.cat(list(generate(
-        model, num=rows * columns, labels=labels, noise_ids=torch.arange(columns).repeat(rows),
-        guidance=min(max(1.0, low), high) if classes else None, steps=denoiser.config.steps or steps, seed=seed,
-        sampler=denoiser.config.sampler, batch_size=columns * rows,
-    )))  # fmt: skip
+    guidance = min(max(1.0, low), high) if classes else None
+    sampling = Sampling(guidance=guidance, steps=denoiser.config.steps or steps, seed=seed, batch_size=columns * rows)
+    drawn = rows * columns if labels is None else labels
+    images = torch.cat(list(generate(model, drawn, sampling, noise_ids=torch.arange(columns).repeat(rows))))
     if distributed.is_first():
         try:
             figures.save_grid(images, path, columns=columns)

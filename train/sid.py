@@ -17,9 +17,9 @@ from fastdiff import checkpoint, cli, data, distributed, metrics, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, require_fit, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import sid
 from fastdiff.losses.batch import Batch
-from fastdiff.sample import generate
 from fastdiff.samplers import SIGMA_INIT
 from fastdiff.schedule import KarrasSchedule
 from train import loop
@@ -269,10 +269,8 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConf
     labels = torch.arange(options.score_num) % max(1, teacher.num_classes)
 
     def variety(model, steps: int, sampler: str) -> metrics.Variety:
-        chunks = generate(
-            model, num=options.score_num, labels=labels if teacher.num_classes else None, guidance=strengths[0],
-            steps=steps, sampler=sampler, seed=options.seed,
-        )  # fmt: skip
+        sampling = Sampling(guidance=strengths[0], steps=steps, sampler=sampler, seed=options.seed)
+        chunks = generate(model, options.score_num, sampling)
         return metrics.variety(torch.cat([part.cpu() for part in chunks]), labels)
 
     usual: list[metrics.Variety] = []  # the teacher's, once it is needed
@@ -296,15 +294,13 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConf
             if distributed.is_first():
                 print(f"warning: collapse? {alarm}", flush=True)
         if reference is not None:
+            how = Sampling(steps=1, sampler="one_step", seed=options.seed, precision=options.precision)
             scores = [
-                evaluate(
-                    model, reference, name="sid", guidance=w, steps=1, num=options.score_num, sampler="one_step",
-                    seed=options.seed, precision=options.precision,
-                )
+                evaluate(model, reference, replace(how, guidance=w), name="sid", num=options.score_num)
                 for w in strengths
-            ]  # fmt: skip
-            row["scores"] = [{key: score[key] for key in ("guidance", "fd", "score")} for score in scores]
-            row["fd"] = round(sum(score["fd"] for score in scores) / len(scores), 4)
+            ]
+            row["scores"] = [{"guidance": one.guidance, "fd": one.fd, "score": one.score} for one in scores]
+            row["fd"] = round(sum(one.fd for one in scores) / len(scores), 4)
         return row
 
     return watch

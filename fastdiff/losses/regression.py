@@ -23,9 +23,14 @@ HALF_STEPS = {"ddim": 0.5, "stochastic": 1.0}  # a student's half step, in units
 
 
 def teacher(
-    denoiser: Denoiser, batch: Batch, *, label_drop: float = 0.1, weight: str = "snr", noise_levels: str = "schedule",
+    denoiser: Denoiser,
+    batch: Batch,
+    *,
+    label_drop: float = 0.1,
+    weight: str = "snr",
+    noise_levels: str = "schedule",
     guidance: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The denoising loss of a classifier-free-guidance model ([CFG]) on batch.x.
 
     noise_levels: see `noise_angle`. "lognormal" with the weight "edm" is [EDM]'s loss, whatever the denoiser's
@@ -53,9 +58,14 @@ def noise_angle(schedule: Schedule, uniform: Tensor, noise_levels: str) -> Tenso
 
 
 def stage1(
-    student: Denoiser, teacher: nn.Module, batch: Batch, *, guidance_range: tuple[float, float], weight: str = "snr",
+    student: Denoiser,
+    teacher: nn.Module,
+    batch: Batch,
+    *,
+    guidance_range: tuple[float, float],
+    weight: str = "snr",
     clip: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The student's velocity against the guided teacher's at the same (z, t, w); t ~ U[0, 1] ([GD] algorithm 1).
 
     clip: limit on the teacher's x̂, as in its sampler; strong guidance drives x̂ far outside the data's range.
@@ -71,9 +81,15 @@ def stage1(
 
 
 def stage2(
-    student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
-    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc", sampler: str = "ddim",
-) -> Tensor:  # fmt: skip
+    student: Denoiser,
+    teacher: Model,
+    batch: Batch,
+    *,
+    steps: int,
+    guidance_range: tuple[float, float] | None,
+    weight: str = "snr_trunc",
+    sampler: str = "ddim",
+) -> Tensor:
     """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2).
 
     sampler: "ddim", or "stochastic" for that sampler's steps, twice as long ([GD] alg. 3). The teacher's x̂ is not
@@ -90,9 +106,14 @@ def stage2(
 
 
 def encoder(
-    student: Denoiser, teacher: Model, batch: Batch, *, steps: int,
-    guidance_range: tuple[float, float] | None, weight: str = "snr_trunc",
-) -> Tensor:  # fmt: skip
+    student: Denoiser,
+    teacher: Model,
+    batch: Batch,
+    *,
+    steps: int,
+    guidance_range: tuple[float, float] | None,
+    weight: str = "snr_trunc",
+) -> Tensor:
     """One step up of an N-step encoder against two DDIM steps; t = i/N, i ~ U{0..N − 1} ([GD] algorithm 4)."""
     index = torch.floor(batch.uniform(TIME) * steps)  # (B,) in 0..N − 1
     angles = tuple(student.schedule.angle((index + up) / steps) for up in (0, 0.5, 1))
@@ -153,9 +174,15 @@ def _regression(
     output = student.affine(z, angle, label, guidance)
     scale = 1 / output.coef_a
     coef_z = -output.coef_z if target.coef_z is None else target.coef_z - output.coef_z
+    coef_b = None if target.coef_b is None else target.coef_b * scale
+    factor = rotation.loss_weight(weight, angle) * output.coef_a.square()
     return kernels.affine_regression_loss(
-        output.a, z, target.a, target.b,
-        coef_z=coef_z * scale, coef_a=target.coef_a * scale,
-        coef_b=None if target.coef_b is None else target.coef_b * scale,
-        weight=rotation.loss_weight(weight, angle) * output.coef_a.square(),
-    )  # fmt: skip
+        output.a,
+        z,
+        target.a,
+        target.b,
+        coef_z=coef_z * scale,
+        coef_a=target.coef_a * scale,
+        coef_b=coef_b,
+        weight=factor,
+    )

@@ -36,10 +36,18 @@ def generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, alpha
 
 
 def generator(
-    generator: Denoiser, teacher: nn.Module, fake: nn.Module, batch: Batch, *, alpha: float = 1.2, t_max: float = 800,
-    levels: Schedule = LEVELS, sigma: float = samplers.SIGMA_INIT, guidance_range: tuple[float, float] | None = None,
+    generator: Denoiser,
+    teacher: nn.Module,
+    fake: nn.Module,
+    batch: Batch,
+    *,
+    alpha: float = 1.2,
+    t_max: float = 800,
+    levels: Schedule = LEVELS,
+    sigma: float = samplers.SIGMA_INIT,
+    guidance_range: tuple[float, float] | None = None,
     guidance_t_max: float = 1000,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """100·`generator_loss` of images that are made here, (B,), and {"score_gap": |f_φ − f_ψ| (B,)}, to watch.
 
     Noise levels: t ~ U[0, t_max/1000] on `levels`; beyond guidance_t_max/1000 the teacher gets w = 0, because guidance
@@ -64,9 +72,13 @@ def generator(
 
 
 def fake_score(
-    fake: Denoiser, generator: nn.Module, batch: Batch, *, sigma: float = samplers.SIGMA_INIT,
+    fake: Denoiser,
+    generator: nn.Module,
+    batch: Batch,
+    *,
+    sigma: float = samplers.SIGMA_INIT,
     guidance_range: tuple[float, float] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[EDM]'s denoising loss (B,) on images that the generator makes here, under no_grad; batch.x is not read."""
     w = batch.guidance(guidance_range)
     with torch.no_grad():
@@ -80,11 +92,7 @@ def fake_score(
 
 
 def _images(generator: Denoiser, batch: Batch, w: Tensor | None, sigma: float) -> Tensor:
-    noise = kernels.randn(
-        (len(batch.sample_ids), *generator.image_shape), seed=batch.seed, sample_ids=batch.sample_ids,
-        step=streams.GENERATOR_NOISE, device=batch.sample_ids.device,
-    )  # fmt: skip
-    return samplers.one_step(
-        generator, noise.contiguous(memory_format=torch.channels_last), batch.label, w, 1,
-        schedule=generator.schedule, sigma=sigma,
-    )  # fmt: skip
+    ids, shape = batch.sample_ids, (len(batch.sample_ids), *generator.image_shape)
+    noise = kernels.randn(shape, seed=batch.seed, sample_ids=ids, step=streams.GENERATOR_NOISE, device=ids.device)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    return samplers.one_step(generator, noise, batch.label, w, schedule=generator.schedule, sigma=sigma)

@@ -82,9 +82,14 @@ def assert_same(pictures, others):
 
 @pytest.mark.parametrize(
     ("name", "sampler", "steps", "count"),
-    [("teacher", "ddim", 64, 128), ("stage1", "ddim", 64, 64), ("deterministic", "ddim", 4, 4),
-     ("stochastic", "stochastic", 4, 4), ("two", "ddim", 4, 8)],
-)  # fmt: skip
+    [
+        ("teacher", "ddim", 64, 128),
+        ("stage1", "ddim", 64, 64),
+        ("deterministic", "ddim", 4, 4),
+        ("stochastic", "stochastic", 4, 4),
+        ("two", "ddim", 4, 8),
+    ],
+)
 def test_sampler_and_steps_are_those_of_the_checkpoint(draw, name, sampler, steps, count):
     """N steps are N calls; twice as many for a model without guidance inside, at w > 0."""
     pictures, line = draw(name, "--num", 4, "--guidance", 1)
@@ -103,9 +108,14 @@ def test_every_stochastic_step_is_one_call(draw, steps):
 
 @pytest.mark.parametrize(
     ("name", "trained", "other"),
-    [("stochastic", "stochastic", "ddim"), ("stochastic", "stochastic", "ancestral"),
-     ("deterministic", "ddim", "stochastic"), ("deterministic", "ddim", "ancestral"), ("two", "ddim", "stochastic")],
-)  # fmt: skip
+    [
+        ("stochastic", "stochastic", "ddim"),
+        ("stochastic", "stochastic", "ancestral"),
+        ("deterministic", "ddim", "stochastic"),
+        ("deterministic", "ddim", "ancestral"),
+        ("two", "ddim", "stochastic"),
+    ],
+)
 def test_a_sampler_that_a_student_was_not_trained_for_needs_force(run, sample, models, name, trained, other):
     result = sample(name, "--sampler", other, "--num", 4)
     assert_refused(result, f"--sampler {other}", models / name, f"the {trained} sampler", "--force")

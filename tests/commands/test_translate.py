@@ -127,8 +127,11 @@ def test_the_undistilled_pair_is_compared_at_as_many_calls(translate, models, pi
     assert result.code == 0, result.err
     _, rows = report()
     assert [(row["model"], row["guidance"], row["calls"]) for row in rows] == [
-        ("pair", 0, 8), ("undistilled", 0, 8), ("pair", 1, 8), ("undistilled", 1, 8),
-    ]  # fmt: skip
+        ("pair", 0, 8),
+        ("undistilled", 0, 8),
+        ("pair", 1, 8),
+        ("undistilled", 1, 8),
+    ]
     assert "w = 1: undistilled, 8 calls, reconstruction error" in result.out
     teacher, source = load(models / "teacher"), torch.full((3,), 3)
     for row, steps in ((rows[1], 4), (rows[3], 2)):  # w > 0 takes this teacher two calls a step
@@ -337,9 +340,13 @@ def test_an_encoder_and_a_decoder_of_other_schedules_are_refused(translate, mode
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [((10, 5), ["--from-label 10", "10 classes, 0 to 9"]), ((3, -1), ["--to-label -1", "10 classes, 0 to 9"]),
-     ((None, 5), ["10 classes", "--from-label"]), ((3, None), ["10 classes", "--to-label"])],
-)  # fmt: skip
+    [
+        ((10, 5), ["--from-label 10", "10 classes, 0 to 9"]),
+        ((3, -1), ["--to-label -1", "10 classes, 0 to 9"]),
+        ((None, 5), ["10 classes", "--from-label"]),
+        ((3, None), ["10 classes", "--to-label"]),
+    ],
+)
 def test_labels_that_the_models_do_not_have_are_refused(translate, pictures, labels, said):
     assert_refused(translate(labels=labels), *said)
     assert not Path("out").exists()
@@ -378,12 +385,17 @@ def test_steps_that_a_model_was_not_trained_for_are_a_warning(translate, models,
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--guidance", -1], ["--guidance", "-1"]), (["--guidance", 1e38], ["--guidance", "1e+38", "at most 10000"]),
-     (["--guidance", 0, "nan"], ["--guidance", "nan"]),
-     (["--guidance"], ["--guidance", "at least one"]), (["--encoder-steps", 0], ["--encoder-steps", "0"]),
-     (["--decoder-steps", -2], ["--decoder-steps", "-2"]), (["--batch-size", 0], ["--batch-size", "0"]),
-     (["--device", "tpu"], ["--device tpu"])],
-)  # fmt: skip
+    [
+        (["--guidance", -1], ["--guidance", "-1"]),
+        (["--guidance", 1e38], ["--guidance", "1e+38", "at most 10000"]),
+        (["--guidance", 0, "nan"], ["--guidance", "nan"]),
+        (["--guidance"], ["--guidance", "at least one"]),
+        (["--encoder-steps", 0], ["--encoder-steps", "0"]),
+        (["--decoder-steps", -2], ["--decoder-steps", "-2"]),
+        (["--batch-size", 0], ["--batch-size", "0"]),
+        (["--device", "tpu"], ["--device tpu"]),
+    ],
+)
 def test_numbers_without_sense_are_refused(translate, pictures, arguments, said):
     assert_refused(translate(*arguments), *said)
     assert not Path("out").exists()

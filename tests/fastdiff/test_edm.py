@@ -17,9 +17,9 @@ from torch import nn
 import kernels
 from fastdiff import checkpoint, data, rotation, samplers, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.losses.batch import TIME, Batch
-from fastdiff.sample import generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
 from train import loop
@@ -239,9 +239,15 @@ def test_heun_is_algorithm_1_of_edm_step_by_step(schedule, steps, clip):
     expected = algorithm_1(denoise, noise * math.sqrt(1 + sigmas[0] ** 2), sigmas)
     found = []
     images = samplers.heun(
-        as_model(mixture), noise, None, None, steps, schedule=schedule, clip=clip,
+        as_model(mixture),
+        noise,
+        None,
+        None,
+        steps,
+        schedule=schedule,
+        clip=clip,
         on_step=lambda i, z: found.append((i, z)),
-    )  # fmt: skip
+    )
     assert [i for i, _ in found] == list(range(steps, 0, -1))
     assert torch.equal(found[-1][1], images)
     for (_, z), x, sigma in zip(found, expected, sigmas[1:], strict=True):
@@ -358,11 +364,11 @@ def test_networks_are_sampled_as_their_velocities_are_and_counted(clip, w, param
 
 def test_generate_takes_heun():
     model = randomize(Denoiser(DenoiserConfig(TINY, KARRAS, "edm")))
-    (together,) = generate(model, num=4, steps=18, sampler="heun", seed=1)
-    apart = torch.cat(list(generate(model, num=4, steps=18, sampler="heun", seed=1, batch_size=3)))
+    (together,) = generate(model, 4, Sampling(steps=18, sampler="heun", seed=1))
+    apart = torch.cat(list(generate(model, 4, Sampling(steps=18, sampler="heun", seed=1, batch_size=3))))
     assert model.network_rows == 2 * 4 * 35
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
-    (ddim,) = generate(model, num=4, steps=18, sampler="ddim", seed=1)
+    (ddim,) = generate(model, 4, Sampling(steps=18, sampler="ddim", seed=1))
     assert together.abs().max() <= 1 and (together - ddim).abs().max() > 1e-2
 
 
@@ -391,9 +397,14 @@ def test_heun_is_diffusers_heun_discrete(karras, steps, clip, prediction):
     """Its grids "linspace" over DDPM's timesteps, and of Karras' formula between the same ends."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.HeunDiscreteScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type=prediction, use_karras_sigmas=karras,
-        clip_sample=clip is not None, clip_sample_range=clip or 1.0,
-    )  # fmt: skip
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type=prediction,
+        use_karras_sigmas=karras,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
     scheduler.set_timesteps(steps)
     schedule = LinearBetaSchedule()
     if karras:
@@ -403,9 +414,15 @@ def test_heun_is_diffusers_heun_discrete(karras, steps, clip, prediction):
     torch.testing.assert_close(torch.tensor(alike), torch.stack(theirs), rtol=1e-3, atol=0)
     found = []
     samplers.heun(
-        as_model(mixture), start_noise(), None, None, steps, schedule=schedule, clip=clip,
+        as_model(mixture),
+        start_noise(),
+        None,
+        None,
+        steps,
+        schedule=schedule,
+        clip=clip,
         on_step=lambda i, z: found.append(z),
-    )  # fmt: skip
+    )
     expected = peer_trajectory(scheduler, prediction, start_noise() * math.sqrt(1 + alike[0] ** 2), alike)
     for z, x, sigma in zip(found, expected, alike[1:], strict=True):
         torch.testing.assert_close(z, x / math.sqrt(1 + sigma**2), rtol=1e-9, atol=1e-9)

@@ -232,9 +232,16 @@ def test_lower_variance_is_exact_for_data_that_are_one_point(steps):
 def test_last_ancestral_step_returns_the_expected_image(clip, gamma):
     seen = {}
     images = samplers.ancestral(
-        exact(), stream((3, 1, 4, 4), 0), None, None, 4, schedule=COSINE, variance=gamma, clip=clip,
+        exact(),
+        stream((3, 1, 4, 4), 0),
+        None,
+        None,
+        4,
+        schedule=COSINE,
+        variance=gamma,
+        clip=clip,
         on_step=seen.__setitem__,
-    )  # fmt: skip
+    )
     expected = image(seen[2], COSINE.angle(1 / 4))
     torch.testing.assert_close(images, expected if clip is None else expected.clamp(-clip, clip), rtol=0, atol=1e-10)
 
@@ -285,9 +292,14 @@ def test_one_step_has_no_noise(sampler):
 def test_every_step_is_one_call_at_its_angle_and_is_reported(sampler, steps):
     model, reported = exact(), []
     images = sampler(
-        model, stream((2, 1, 4, 4), 0), None, None, steps, schedule=COSINE,
+        model,
+        stream((2, 1, 4, 4), 0),
+        None,
+        None,
+        steps,
+        schedule=COSINE,
         on_step=lambda i, z: reported.append((i, z)),
-    )  # fmt: skip
+    )
     assert model.angles == [COSINE.angle(i / steps) for i in range(steps, 0, -1)]
     assert [i for i, _ in reported] == list(range(steps, 0, -1))
     assert torch.equal(reported[-1][1], images)

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from fastdiff import evaluate, graph, sample, schedule
+from fastdiff import evaluate, graph, sample, samplers, schedule
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.errors import UserError
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
 from fastdiff.unet import UNetConfig
 
 META = torch.device("meta")
@@ -132,7 +132,7 @@ def test_what_cannot_be_recorded_is_refused(move):
         move(x)
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_the_loop_never_leaves_its_device(recorders, sampler):
     pytest.importorskip("triton")
     with META:
@@ -149,9 +149,8 @@ def test_the_loop_never_leaves_its_device(recorders, sampler):
 def loop_on_meta(recorders, model, guidance, sampler, forced):
     seen, steps = [], 1 if sampler == "one_step" else 2
     with kernels.use(forced), launches(seen):
-        chunks = list(generate(
-            model, num=6, batch_size=4, guidance=guidance, steps=steps, sampler=sampler, graph=True
-        ))  # fmt: skip
+        how = Sampling(batch_size=4, guidance=guidance, steps=steps, sampler=sampler, graph=True)
+        chunks = list(generate(model, 6, how))
     assert [chunk.shape for chunk in chunks] == [(4, 3, 8, 8), (2, 3, 8, 8)]
     assert {chunk.device for chunk in chunks} == {META}
     assert len(recorders[-1].tapes) == 1 and recorders[-1].tapes[0].operations
@@ -168,10 +167,10 @@ def launches(seen: list):
 # --- replays on the CPU ---
 
 
-def images(model, num, **how):
+def images(model, num, labels=None, noise_ids=None, **how):
     """All images, of batches of 4, and network calls an image."""
-    before = model.network_rows
-    chunks = list(generate(model, num=num, batch_size=4, **how))
+    before, labels = model.network_rows, num if labels is None else labels
+    chunks = list(generate(model, labels, Sampling(batch_size=4, **how), noise_ids=noise_ids))
     assert [len(chunk) for chunk in chunks] == [min(4, num - at) for at in range(0, num, 4)]
     return torch.cat(chunks), (model.network_rows - before) / num
 
@@ -202,9 +201,13 @@ def test_replays_make_the_same_images(recorders, case):
     model = randomized(make())
     how = {
         "labels": torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]) if model.num_classes else None,
-        "guidance": guidance, "sampler": sampler, "steps": 1 if sampler == "one_step" else 3,
-        "noise_ids": torch.arange(14) ** 2 + 2**40, "seed": 7, "clip": bool(model.num_classes),
-    }  # fmt: skip
+        "noise_ids": torch.arange(14) ** 2 + 2**40,
+        "guidance": guidance,
+        "sampler": sampler,
+        "steps": 1 if sampler == "one_step" else 3,
+        "seed": 7,
+        "clip": bool(model.num_classes),
+    }
     expected, calls = images(model, 14, **how)
     found, counted = images(model, 14, **how, graph=True)
     assert torch.equal(found[:12], expected[:12])  # full batches
@@ -252,7 +255,7 @@ def test_weights_are_read_anew_by_each_replay(recorders):
     how = {"steps": 2, "precision": "bf16"}
     with torch.autocast("cpu", torch.bfloat16):
         expected = images(model, 12, **how)[0]
-        chunks = generate(model, num=12, batch_size=4, graph=True, **how)
+        chunks = generate(model, 12, Sampling(batch_size=4, graph=True, **how))
         first, second = next(chunks), next(chunks)
         casts = {id(args[0]) for func, args, *_ in recorders[-1].tapes[0].operations if "_to_copy" in str(func)}
         cast = {name for name, weight in model.named_parameters() if id(weight) in casts}
@@ -273,7 +276,7 @@ def test_weights_are_read_anew_by_each_replay(recorders):
 
 def test_a_graph_needs_cuda():
     with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
-        next(generate(denoiser(), num=4, steps=1, graph=True))
+        next(generate(denoiser(), 4, Sampling(steps=1, graph=True)))
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])
@@ -293,11 +296,11 @@ class Reached(Exception):
 def test_the_commands_pass_it_on(command, on, tmp_path, monkeypatch):
     model = denoiser(unet=TINY)
 
-    def reached(*args, graph=False, **kwargs):
-        raise Reached(graph)
+    def reached(model, labels, sampling, **kwargs):
+        raise Reached(sampling.graph)
 
     monkeypatch.setattr(command, "generate", reached)
-    monkeypatch.setattr(sample.SamplingOptions, "model", lambda self: (model, 2, "ddim"))
+    monkeypatch.setattr(sample.SamplingOptions, "load", lambda self: model)
     reference = evaluate.Reference(evaluate.data.load("digits", "train"), None, None, 0.0)
     monkeypatch.setattr(evaluate.Reference, "load", lambda *args, **kwargs: reference)
     with pytest.raises(Reached) as ended:
@@ -363,9 +366,13 @@ def test_graphs_make_the_same_images(case):
     sampler, make, guidance, _ = CASES[case]
     model = randomized(make()).cuda()
     how = {
-        "labels": torch.arange(14).flip(0) % 10 if model.num_classes else None, "guidance": guidance, "seed": 7,
-        "sampler": sampler, "steps": 1 if sampler == "one_step" else 3, "noise_ids": torch.arange(14) ** 2 + 2**40,
-    }  # fmt: skip
+        "labels": torch.arange(14).flip(0) % 10 if model.num_classes else None,
+        "noise_ids": torch.arange(14) ** 2 + 2**40,
+        "guidance": guidance,
+        "sampler": sampler,
+        "steps": 1 if sampler == "one_step" else 3,
+        "seed": 7,
+    }
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected, calls = images(model, 14, **how)
         found, counted = images(model, 14, **how, graph=True)

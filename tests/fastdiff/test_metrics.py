@@ -3,7 +3,7 @@
 import itertools
 import math
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from fastdiff import evaluate as evaluation
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate, table
-from fastdiff.metrics import Moments, frechet_distance, frechet_of_gaussians
+from fastdiff.generate import Sampling
+from fastdiff.metrics import Moments, Row, frechet_distance, frechet_of_gaussians
 from fastdiff.unet import UNetConfig
 
 
@@ -272,25 +273,25 @@ def test_images_are_scored_as_their_bytes(reference):
 
 # --- evaluate ---
 
-ROW = {"model", "sampler", "steps", "nfe", "guidance", "fd", "score", "images_per_second", "num", "seed"}
+ROW = ["model", "sampler", "steps", "nfe", "guidance", "fd", "score", "images_per_second", "num", "seed"]
 
 
 def test_evaluate_counts_network_calls(reference, runs):
     made, student = Guided(checkpoint.load(runs.teacher)), checkpoint.load(runs.stage2 / "steps-2")
-    for model, steps, w, calls in [
-        (made, 64, 1.0, 128), (made, 64, 0.0, 64), (made, 1, 4.0, 2), (student, 2, 1.0, 2), (student, 2, 0.0, 2),
-    ]:  # fmt: skip
-        row = evaluate(model, reference, name="m", guidance=w, steps=steps, num=12, batch_size=5)
-        assert set(row) == ROW and row["nfe"] == calls
-        assert (row["model"], row["sampler"], row["steps"], row["guidance"]) == ("m", "ddim", steps, w)
-        assert (row["num"], row["seed"]) == (12, 0) and row["images_per_second"] > 0
-        assert math.isfinite(row["fd"]) and 1 <= row["score"] <= 10
+    cases = [(made, 64, 1.0, 128), (made, 64, 0.0, 64), (made, 1, 4.0, 2), (student, 2, 1.0, 2), (student, 2, 0.0, 2)]
+    for model, steps, w, calls in cases:
+        sampling = Sampling(guidance=w, steps=steps, batch_size=5)
+        row = evaluate(model, reference, sampling, name="m", num=12)
+        assert list(asdict(row)) == ROW and row.nfe == calls
+        assert (row.model, row.sampler, row.steps, row.guidance) == ("m", "ddim", steps, w)
+        assert (row.num, row.seed) == (12, 0) and row.images_per_second > 0
+        assert math.isfinite(row.fd) and 1 <= row.score <= 10
 
 
 def test_evaluate_does_not_depend_on_the_batch_size_but_on_the_seed(reference, runs):
     model = with_guidance(checkpoint.load(runs.stage2 / "steps-1"))
     fds = [
-        evaluate(model, reference, name="m", guidance=1.0, steps=1, num=40, seed=seed, batch_size=size)["fd"]
+        evaluate(model, reference, Sampling(guidance=1.0, seed=seed, batch_size=size), name="m", num=40).fd
         for seed, size in ((0, 40), (0, 7), (1, 40))
     ]
     assert fds[0] == pytest.approx(fds[1], rel=1e-3) and fds[0] != pytest.approx(fds[2], rel=1e-3)
@@ -299,7 +300,7 @@ def test_evaluate_does_not_depend_on_the_batch_size_but_on_the_seed(reference, r
 def test_evaluate_prefers_the_data_themselves(reference, runs):
     """A model of noise is further away than one that returns the training images."""
     noise = randomize(checkpoint.load(runs.stage2 / "steps-1"))
-    bad = evaluate(noise, reference, name="m", guidance=0.0, steps=1, num=100)["fd"]
+    bad = evaluate(noise, reference, Sampling(guidance=0.0), name="m", num=100).fd
     real = reference.extractor.of_dataset(reference.dataset, torch.arange(100))
     assert bad > 2 * frechet_distance(real, reference.moments)
 
@@ -309,14 +310,15 @@ def test_evaluate_draws_the_labels_of_the_data(reference, runs, monkeypatch):
     model = checkpoint.load(runs.stage2 / "steps-1")
     real = model.affine
     monkeypatch.setattr(model, "affine", lambda z, angle, label, w: seen.append(label) or real(z, angle, label, w))
-    evaluate(model, reference, name="m", guidance=0.0, steps=1, num=len(reference.dataset))
+    evaluate(model, reference, Sampling(guidance=0.0), name="m", num=len(reference.dataset))
     assert (torch.cat(seen).numpy() == reference.dataset.labels).all()
 
 
 def test_table_has_a_line_a_model_and_a_column_a_strength(reference):
-    row = {"model": "m", "sampler": "ddim", "steps": 4, "nfe": 8.0, "guidance": 1.0, "fd": 1.25, "score": 9.5}
-    row |= {"images_per_second": 1.0, "num": 10, "seed": 0}
-    text = table([row, row | {"guidance": 0.0, "fd": 3.5, "nfe": 4.0}, row | {"model": "n"}], reference.describe())
+    how = {"sampler": "ddim", "steps": 4, "images_per_second": 1.0, "num": 10, "seed": 0}
+    row = Row(model="m", nfe=8.0, guidance=1.0, fd=1.25, score=9.5, **how)
+    rows = [row, replace(row, guidance=0.0, fd=3.5, nfe=4.0), replace(row, model="n")]
+    text = table(rows, reference.describe())
     assert "| m | 4 | 4 | 3.50 | 9.50 | 8 | 1.25 | 9.50 |" in text
     assert "| n | 4 |  |  |  | 8 | 1.25 | 9.50 |" in text
     assert "not FID" in text and f"{reference.floor:.2f}" in text
@@ -325,9 +327,14 @@ def test_table_has_a_line_a_model_and_a_column_a_strength(reference):
 def test_reference_describes_itself(reference):
     found = reference.describe()
     assert found | {"half_against_half_fd": 0, "score": 0, "extractor_test_accuracy": 0} == {
-        "data": "digits", "split": "train", "images": 1438, "extractor": "classifier1/digits",
-        "extractor_test_accuracy": 0, "half_against_half_fd": 0, "score": 0,
-    }  # fmt: skip
+        "data": "digits",
+        "split": "train",
+        "images": 1438,
+        "extractor": "classifier1/digits",
+        "extractor_test_accuracy": 0,
+        "half_against_half_fd": 0,
+        "score": 0,
+    }
     assert replace(reference, floor=1.23456).describe()["half_against_half_fd"] == 1.2346
 
 
@@ -349,13 +356,13 @@ def test_labels_follow_the_data_even_where_it_is_sorted(extractor, monkeypatch):
     reference = Reference(dataset, extractor, extractor.of_dataset(dataset), 1.0)
     drawn = []
 
-    def generate(model, *, num, labels, **options):
+    def generate(model, labels, sampling):
         drawn.append(labels)
-        yield torch.zeros(num, 1, 8, 8)
+        yield torch.zeros(len(labels), 1, 8, 8)
 
     monkeypatch.setattr(evaluation, "generate", generate)
     model = Denoiser(DenoiserConfig(UNetConfig((8, 8), 1, 10, channels=8, channel_mult=(1,), middle_attention=False)))
     for num in (50, 3000):
-        evaluate(model, reference, name="", guidance=0.0, steps=1, num=num)
+        evaluate(model, reference, Sampling(guidance=0.0), name="", num=num)
         shares = np.bincount(drawn[-1].numpy(), minlength=10) / num
         assert np.abs(shares - np.bincount(dataset.labels) / len(dataset)).max() <= 1 / num + 1e-9

@@ -16,10 +16,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdiff import checkpoint, cli, evaluate, precision, sample, translate
+from fastdiff import checkpoint, cli, evaluate, figures, precision, sample, translate
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
+from fastdiff.metrics import Row
 from train import compare, demo, encoder, loop, sid, stage1, stage2, teacher, two_student
 
 CONFIG = DenoiserConfig(TINY)
@@ -64,11 +66,15 @@ def timed(monkeypatch, *facts, **others) -> Denoiser:
 @pytest.mark.parametrize(
     ("bf16_seconds", "error", "expected"),
     [
-        (0.5, 0.019, "bf16"), (0.95, 0.0, "bf16"),
-        (0.96, 0.0, "fp32"), (1.0, 0.0, "fp32"), (2.0, 0.0, "fp32"),
-        (0.5, 0.021, "fp32"), (0.5, float("nan"), "fp32"),
+        (0.5, 0.019, "bf16"),
+        (0.95, 0.0, "bf16"),
+        (0.96, 0.0, "fp32"),
+        (1.0, 0.0, "fp32"),
+        (2.0, 0.0, "fp32"),
+        (0.5, 0.021, "fp32"),
+        (0.5, float("nan"), "fp32"),
     ],
-)  # fmt: skip
+)
 def test_bf16_must_be_faster_and_close(monkeypatch, capsys, bf16_seconds, error, expected, backward):
     model = timed(monkeypatch, (1.0, bf16_seconds), error)
     assert precision.choose("auto", model, batch_size=8, backward=backward) == expected
@@ -158,9 +164,7 @@ def test_no_trace_is_left(new, guided, backward):
     frozen = next(denoiser.parameters()).requires_grad_(False)
     weights = {name: p.clone() for name, p in denoiser.state_dict().items()}
     state = torch.get_rng_state()
-    errors = {
-        precision.compare(Guided(denoiser) if guided else denoiser, 4, backward=backward)[1] for _ in range(2)
-    }  # fmt: skip
+    errors = {precision.compare(Guided(denoiser) if guided else denoiser, 4, backward=backward)[1] for _ in range(2)}
     assert len(errors) == 1  # no dropout, and one noise
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(weights[name], p) for name, p in denoiser.state_dict().items())
@@ -179,7 +183,13 @@ def test_networks_are_not_called_before_it_is_settled(word):
     with pytest.raises(ValueError, match=r"fp32 or bf16"):
         precision.autocast(word, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"fp32 or bf16"):
-        next(sample.generate(trained(), num=1, steps=1, precision=word))
+        next(generate(trained(), 1, Sampling(steps=1, precision=word)))
+
+
+def row_of(sampling: Sampling) -> Row:
+    """Scores that stand for nothing."""
+    what = {"model": "m", "sampler": "ddim", "steps": 1, "nfe": 1.0, "images_per_second": 1.0, "num": 16, "seed": 0}
+    return Row(guidance=sampling.guidance, fd=1.0, score=1.0, **what)
 
 
 AGREE = """
@@ -199,9 +209,12 @@ def test_the_first_process_decides_for_all(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*launch, tmp_path / "agree.py"], capture_output=True, text=True, timeout=200,
+        [*launch, tmp_path / "agree.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -228,10 +241,8 @@ def found(monkeypatch):
 def test_samples_are_those_of_the_precision_chosen(runs, tmp_path, found, chosen):
     found.answers.append(chosen)
     for asked in ("auto", *precision.CHOICES):
-        sample.main(sample.Options(
-            checkpoint=runs.stage1, num=12, steps=2, guidance=(1.0,), out=tmp_path / asked, batch_size=8, device="cpu",
-            precision=asked,
-        ))  # fmt: skip
+        how = {"num": 12, "steps": 2, "guidance": (1.0,), "batch_size": 8, "device": "cpu", "precision": asked}
+        sample.main(sample.Options(checkpoint=runs.stage1, out=tmp_path / asked, **how))
     pictures = {
         asked: [path.read_bytes() for path in sorted((tmp_path / asked).iterdir())]
         for asked in ("auto", *precision.CHOICES)
@@ -244,14 +255,17 @@ def test_samples_are_those_of_the_precision_chosen(runs, tmp_path, found, chosen
 
 def test_scores_are_all_of_the_one_precision_chosen(runs, tmp_path, found, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, precision, **others: seen.append(precision))
+
+    def scored(model, reference, sampling, **others):
+        seen.append(sampling.precision)
+        return row_of(sampling)
+
+    monkeypatch.setattr(evaluate, "evaluate", scored)
     monkeypatch.setattr(evaluate, "table", lambda *arguments: "")
     monkeypatch.setattr(evaluate.Reference, "load", lambda *arguments, **others: SimpleNamespace(describe=dict))
     found.answers.append("bf16")
-    evaluate.main(evaluate.Options(
-        checkpoint=runs.stage1, num=16, guidance=(0.0, 1.0), out=tmp_path / "scores.json", device="cpu", batch_size=8,
-        precision="auto",
-    ))  # fmt: skip
+    how = {"num": 16, "guidance": (0.0, 1.0), "batch_size": 8, "device": "cpu", "precision": "auto"}
+    evaluate.main(evaluate.Options(checkpoint=runs.stage1, out=tmp_path / "scores.json", **how))
     ((_, batch_size, backward),) = found.asked
     assert seen == ["bf16", "bf16"] and (batch_size, backward) == (8, False)
 
@@ -260,7 +274,7 @@ def test_scores_are_all_of_the_one_precision_chosen(runs, tmp_path, found, monke
     ("answers", "expected"), [(["bf16", "bf16"], "bf16"), (["bf16", "fp32"], "fp32"), (["fp32"], "fp32")]
 )
 def test_translation_needs_it_for_both_models(runs, tmp_path, found, monkeypatch, answers, expected):
-    sample.save_image(torch.zeros(1, 8, 8), tmp_path / "a.png")
+    figures.save_image(torch.zeros(1, 8, 8), tmp_path / "a.png")
     seen, real = set(), translate.Pair.translate
 
     def watched(*arguments, precision, **others):
@@ -269,10 +283,9 @@ def test_translation_needs_it_for_both_models(runs, tmp_path, found, monkeypatch
 
     monkeypatch.setattr(translate.Pair, "translate", watched)
     found.answers += answers
-    translate.main(translate.Options(
-        encoder=runs.teacher, decoder=runs.stage1, images=tmp_path / "a.png", from_label=3, to_label=8,
-        encoder_steps=1, decoder_steps=1, device="cpu", precision="auto", out=tmp_path / "out",
-    ))  # fmt: skip
+    models = {"encoder": runs.teacher, "decoder": runs.stage1, "encoder_steps": 1, "decoder_steps": 1}
+    what = {"images": tmp_path / "a.png", "from_label": 3, "to_label": 8, "out": tmp_path / "out"}
+    translate.main(translate.Options(**models, **what, device="cpu", precision="auto"))
     assert seen == {expected} and not found.answers
 
 
@@ -375,9 +388,9 @@ def test_all_rounds_have_one(runs, tmp_path, found):
 def test_sid_learns_and_is_scored_with_it(runs, tmp_path, found, monkeypatch):
     seen = []
 
-    def scored(*arguments, guidance, precision, **others):
-        seen.append(precision)
-        return {"guidance": guidance, "fd": 1.0, "score": 1.0}
+    def scored(model, reference, sampling, **others):
+        seen.append(sampling.precision)
+        return row_of(sampling)
 
     monkeypatch.setattr(sid, "evaluate", scored)
     monkeypatch.setattr(sid.Reference, "load", lambda *arguments, **others: object())

@@ -12,7 +12,7 @@ from torch import nn
 import kernels
 from fastdiff import rotation, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -205,8 +205,9 @@ class Stub(nn.Module):
 def stub_denoiser(classes=CLASSES, parameterization="v", network=None, **fields):
     config = DenoiserConfig(
         unet=UNetConfig(image_size=(4, 4), image_channels=1, num_classes=classes),
-        parameterization=parameterization, **fields,
-    )  # fmt: skip
+        parameterization=parameterization,
+        **fields,
+    )
     return Denoiser(config, network=Stub(classes) if network is None else network)
 
 
@@ -342,12 +343,47 @@ def test_every_parameterization_samples_the_same_images(parameterization, clip):
     torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
 
 
+# --- beside the kernels' own steps ---
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", ["ddim", "stochastic"])
+def test_the_kernels_steps_are_the_samplers(name, clip):
+    """`kernels.guided_step` and `stochastic_step` follow the same rules, from velocities instead of a model."""
+    steps, w, seen = 4, torch.tensor([0.0, 1.0, 2.5]), {}
+    key = {"seed": 3, "sample_ids": torch.tensor([4, 0, 9])}
+    z = kernels.randn((3, 1, 4, 4), seed=0, sample_ids=torch.arange(3), step=0, device="cpu").double()
+    inside, outside = torch.tanh, lambda z: 0.4 * z - 0.1
+
+    def guided(z, angle, label, guidance):
+        return (1 + wide(guidance)) * inside(z) - wide(guidance) * outside(z)
+
+    sampler = getattr(samplers, name)
+    last = sampler(guided, z, None, w, steps, schedule=COSINE, clip=clip, on_step=seen.__setitem__, **key)
+    angles = [full(3, COSINE.angle(i / steps)) if i else full(3, 0.0) for i in range(steps + 1)]
+    for i in range(steps, 0, -1):
+        start, far, to = (angles[max(at, 0)] for at in (i, i - 2, i - 1))
+        if name == "stochastic":
+            noise = key | {"step": i}
+            z = kernels.stochastic_step(z, inside(z), outside(z), w, start, far, to, clip=clip, **noise)
+        else:
+            z = kernels.guided_step(z, inside(z), outside(z), w, start, to, clip=clip)
+        torch.testing.assert_close(z, seen[i], rtol=0, atol=1e-10)
+    assert torch.equal(seen[1], last) and last.std() > 0.1
+
+
 # --- generate ---
 
 TINY = UNetConfig(
-    image_size=(8, 8), image_channels=1, num_classes=4, channels=16, channel_mult=(1, 1), blocks=1,
-    attention_resolutions=(4,), head_width=8,
-)  # fmt: skip
+    image_size=(8, 8),
+    image_channels=1,
+    num_classes=4,
+    channels=16,
+    channel_mult=(1, 1),
+    blocks=1,
+    attention_resolutions=(4,),
+    head_width=8,
+)
 
 
 def tiny(config=TINY, **fields):
@@ -364,8 +400,8 @@ def model():
     return with_guidance(tiny())
 
 
-def images_of(model, **options):
-    return torch.cat(list(generate(model, **{"num": 7, "steps": 3, "seed": 5} | options)))
+def images_of(model, labels=7, noise_ids=None, **options):
+    return torch.cat(list(generate(model, labels, Sampling(**{"steps": 3, "seed": 5} | options), noise_ids=noise_ids)))
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5, torch.linspace(0, 3, 7)], ids=["unguided", "number", "tensor"])
@@ -395,7 +431,7 @@ def test_noise_ids_pick_the_noise(model):
     base = images_of(model, labels=labels)
     torch.testing.assert_close(images_of(model, labels=labels, noise_ids=torch.arange(7)), base)
     order = torch.tensor([6, 2, 0])
-    some = images_of(model, num=3, labels=labels[:3], noise_ids=order, batch_size=2)
+    some = images_of(model, labels=labels[:3], noise_ids=order, batch_size=2)
     torch.testing.assert_close(some, base[order], rtol=0, atol=1e-5)
 
 
@@ -417,31 +453,38 @@ def test_clip_is_on_unless_switched_off(steps):
 
 @pytest.mark.parametrize(
     ("config", "steps", "sampler"),
-    [({"guidance_range": (0.0, 4.0), "steps": 3}, 3, "ddim"),
-     ({"guidance_range": (0.0, 4.0), "steps": 4, "sampler": "stochastic"}, 4, "stochastic"),
-     ({"guidance_range": (0.0, 4.0), "kind": "sid", "steps": 1, "sampler": "one_step", "sigma_init": 2.5}, 1,
-      "one_step"),
-     ({}, 64, "ddim"), ({"kind": "stage1", "guidance_range": (0.0, 4.0)}, 64, "ddim")],
+    [
+        ({"guidance_range": (0.0, 4.0), "steps": 3}, 3, "ddim"),
+        ({"guidance_range": (0.0, 4.0), "steps": 4, "sampler": "stochastic"}, 4, "stochastic"),
+        (
+            {"guidance_range": (0.0, 4.0), "kind": "sid", "steps": 1, "sampler": "one_step", "sigma_init": 2.5},
+            1,
+            "one_step",
+        ),
+        ({}, 64, "ddim"),
+        ({"kind": "stage1", "guidance_range": (0.0, 4.0)}, 64, "ddim"),
+    ],
     ids=["deterministic", "stochastic", "SiD", "teacher", "stage 1"],
-)  # fmt: skip
+)
 def test_a_model_is_sampled_as_it_was_trained(config, steps, sampler):
     """Without a word about it; once, all were taken through ddim, and a bare teacher ignored its guidance."""
-    denoiser, how = tiny(**config), {"num": 4, "guidance": 1.5, "seed": 5}
-    found = torch.cat(list(generate(denoiser, **how)))
+    denoiser, how = tiny(**config), Sampling(guidance=1.5, seed=5)
+    found = torch.cat(list(generate(denoiser, 4, how)))
     calls = denoiser.network_rows
-    expected = torch.cat(list(generate(with_guidance(denoiser), steps=steps, sampler=sampler, **how)))
+    explicit = replace(how, steps=steps, sampler=sampler)
+    expected = torch.cat(list(generate(with_guidance(denoiser), 4, explicit)))
     assert torch.equal(found, expected) and calls == 4 * steps * (2 if config == {} else 1)
     if config == {}:
-        assert (found - torch.cat(list(generate(denoiser, **(how | {"guidance": None}))))).abs().max() > 1e-3
+        assert (found - torch.cat(list(generate(denoiser, 4, replace(how, guidance=None))))).abs().max() > 1e-3
 
 
 def test_an_encoder_generates_nothing():
     with pytest.raises(ValueError, match="'encode' is none of ddim"):
-        next(generate(tiny(kind="encoder", sampler="encode", steps=4, guidance_range=(0.0, 4.0)), num=1))
+        next(generate(tiny(kind="encoder", sampler="encode", steps=4, guidance_range=(0.0, 4.0)), 1, Sampling()))
 
 
 def test_generate_makes_images_only_when_asked(model):
-    chunks = generate(model, num=7, steps=2, batch_size=3)
+    chunks = generate(model, 7, Sampling(steps=2, batch_size=3))
     assert inspect.isgenerator(chunks)
     before = model.network_rows
     sizes, rows = [], []
@@ -471,9 +514,9 @@ def test_a_guided_step_runs_without_data():
 
 
 def test_autocast_does_not_reach_the_caller(model):
-    for images in generate(model, num=4, steps=1, batch_size=2, precision="bf16"):
+    for images in generate(model, 4, Sampling(steps=1, batch_size=2, precision="bf16")):
         assert not torch.is_autocast_enabled("cpu")
         assert images.dtype == torch.float32
-    chunks = generate(model, num=4, steps=1, batch_size=2, precision="bf16")
+    chunks = generate(model, 4, Sampling(steps=1, batch_size=2, precision="bf16"))
     next(chunks)
     assert not torch.is_autocast_enabled("cpu")

@@ -14,9 +14,9 @@ from test_command_lines import assert_refused
 from fastdiff import checkpoint, data, figures, rotation, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
-from fastdiff.sample import generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from train import encoder, loop, stage2, two_student
 
@@ -101,7 +101,7 @@ def test_every_round_is_a_checkpoint_that_says_what_it_is_for(made, name):
 @pytest.mark.parametrize(("name", "sampler", "calls"), [("stochastic", "stochastic", 1), ("two_student", "ddim", 2)])
 def test_students_make_images_in_their_steps(made, name, sampler, calls):
     model = with_guidance(checkpoint.load(made / name / "steps-4"))
-    images = next(generate(model, num=3, guidance=1.0, steps=4, sampler=sampler))
+    images = next(generate(model, 3, Sampling(guidance=1.0, steps=4, sampler=sampler)))
     assert images.shape == (3, 1, 8, 8) and images.isfinite().all()
     assert model.network_rows == 3 * 4 * calls
 
@@ -283,10 +283,9 @@ def test_pictures_on_the_way_are_made_with_the_students_sampler(runs, tmp_path, 
     student = train("stochastic", runs.stage1, tmp_path / "run", end_steps=4)
     name, images = grids[-1]
     assert name == "samples-steps-4-0000006.png"
-    expected = next(generate(
-        student, num=100, labels=torch.arange(10).repeat_interleave(10), noise_ids=torch.arange(10).repeat(10),
-        guidance=1.0, steps=4, sampler="stochastic",
-    ))  # fmt: skip
+    labels, ids = torch.arange(10).repeat_interleave(10), torch.arange(10).repeat(10)
+    sampling = Sampling(guidance=1.0, steps=4, sampler="stochastic")
+    expected = next(generate(student, labels, sampling, noise_ids=ids))
     torch.testing.assert_close(images, expected)
 
 

@@ -20,7 +20,8 @@ from test_command_lines import assert_refused
 from fastdiff import checkpoint, data, figures, samplers
 from fastdiff.denoiser import with_guidance
 from fastdiff.errors import UserError
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
+from fastdiff.metrics import Row
 from fastdiff.schedule import CosineSchedule
 from fastdiff.translate import Pair
 from train import compare, loop, stage2, teacher
@@ -50,11 +51,11 @@ class Counted:
             self.updates.append(updater.options.out.name)
             return update(updater, batch)
 
-        def counted_evaluate(model, reference, **how):
+        def counted_evaluate(model, reference, sampling, *, name, num):
             if len(self.rows) == self.stop_after:
                 raise KeyboardInterrupt
-            self.rows.append((how["name"], how["steps"], how["guidance"]))
-            return evaluate(model, reference, **how)
+            self.rows.append((name, sampling.steps, sampling.guidance))
+            return evaluate(model, reference, sampling, name=name, num=num)
 
         patch.setattr(loop.Updater, "update", counted_update)
         patch.setattr(compare, "evaluate", counted_evaluate)
@@ -289,9 +290,8 @@ def test_panels_show_what_their_titles_say(made, monkeypatch):
             ("stage 1 and 2, stochastic, 4", "stochastic/steps-4", "stochastic", 4),
         ):
             model = with_guidance(checkpoint.load(made.out / folder))
-            images = generate(
-                model, num=50, labels=label, noise_ids=ids, guidance=w, steps=steps, sampler=sampler, seed=0
-            )
+            sampling = Sampling(guidance=w, steps=steps, sampler=sampler)
+            images = generate(model, label, sampling, noise_ids=ids)
             torch.testing.assert_close(saved[name][title], torch.cat(list(images)))
     assert (saved["samples-w0.png"][title] != saved["samples-w1.png"][title]).any()
 
@@ -301,15 +301,18 @@ def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(mad
     """Once, they were float32 beside scores of bfloat16."""
     seen = []
 
-    def spy(of):
-        def function(*arguments, precision, **others):
-            seen.append(precision)
-            return of(*arguments, precision=precision, **others)
+    real = Pair.translate
 
-        return function
+    def drawn(model, labels, sampling, **others):
+        seen.append(sampling.precision)
+        return generate(model, labels, sampling, **others)
 
-    monkeypatch.setattr(compare, "generate", spy(compare.generate))
-    monkeypatch.setattr(Pair, "translate", spy(Pair.translate))
+    def translated(*arguments, precision, **others):
+        seen.append(precision)
+        return real(*arguments, precision=precision, **others)
+
+    monkeypatch.setattr(compare, "generate", drawn)
+    monkeypatch.setattr(Pair, "translate", translated)
     monkeypatch.setattr(figures, "save_panels", lambda panels, *_, **__: None)
     options = replace(made, precision=precision, methods=("teacher", "deterministic"), guidance=(1.0,))
     compare.draw({"rows": []}, options, SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1))
@@ -432,10 +435,11 @@ def clock(monkeypatch):
     """Sampling that only takes time: `slowdown(how many went before)` seconds a network call."""
     clock = SimpleNamespace(now=0.0, sampled=[], slowdown=lambda before: 1.0)
 
-    def generate(folder, *, num, guidance, steps, **_):
-        calls = steps * (2 if guidance and folder.name == "teacher" else 1)
+    def generate(folder, num, sampling):
+        steps, w = sampling.steps, sampling.guidance
+        calls = steps * (2 if w and folder.name == "teacher" else 1)
         clock.now += calls * clock.slowdown(len(clock.sampled))
-        clock.sampled.append((folder.name, steps, guidance))
+        clock.sampled.append((folder.name, steps, w))
         yield torch.zeros(num)
 
     monkeypatch.setattr(compare, "generate", generate)
@@ -501,8 +505,15 @@ def test_rows_are_timed_with_and_without_guidance_where_they_are_scored(guidance
 
 
 def row(name, steps, w, letter="D", **values):
-    return {"model": name, "steps": steps, "guidance": w, "letter": letter, "fd": 1 + w, "score": 2.0, "nfe": steps,
-            "images_per_second": 10.0} | values  # fmt: skip
+    scores = {"fd": 1 + w, "score": 2.0, "nfe": steps, "images_per_second": 10.0}
+    what = {"model": name, "sampler": "ddim", "steps": steps, "guidance": w, "num": 16, "seed": 0, "letter": letter}
+    return what | scores | values
+
+
+def scored(*arguments, **values):
+    found = row(*arguments, **values)
+    found.pop("letter")
+    return Row(**found)
 
 
 def results_of(rows, **others):
@@ -585,8 +596,12 @@ def lines_of(axis):
 
 
 def test_quality_against_steps_has_a_line_a_method_and_a_column_a_strength(tmp_path, drawn):
-    rows = [row(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w + steps / 8 + (name == "b"))
-            for name in ("a", "b") for steps in (4, 1, 2) for w in (0.0, 1.0)]  # fmt: skip
+    rows = [
+        scored(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w + steps / 8 + (name == "b"))
+        for name in ("a", "b")
+        for steps in (4, 1, 2)
+        for w in (0.0, 1.0)
+    ]
     figures.plot_methods(rows[:-2], 0.1, tmp_path / "methods.png")  # b has no 2 steps
     ((_, axes),) = drawn
     for column, w in enumerate((0, 1)):
@@ -599,7 +614,7 @@ def test_quality_against_steps_has_a_line_a_method_and_a_column_a_strength(tmp_p
 
 def test_the_trade_off_is_score_over_distance_with_one_colour_a_method(tmp_path, drawn):
     rows = [
-        row(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w)
+        scored(name, steps, w, fd=steps + w + 9 * (name == "b"), score=5 - w)
         for name, counts in (("a", (1,)), ("b", (8, 4)), ("c", (1, 4)))
         for steps in counts
         for w in (2.0, 0.0, 1.0)
@@ -617,14 +632,14 @@ def test_the_trade_off_is_score_over_distance_with_one_colour_a_method(tmp_path,
 
 def test_figures_of_a_single_strength_have_no_warning(tmp_path, recwarn):
     """There is no curve over w, and matplotlib warns of an empty legend."""
-    rows = [row(name, steps, 1.0) for name in ("a", "b") for steps in (4, 1)]
+    rows = [scored(name, steps, 1.0) for name in ("a", "b") for steps in (4, 1)]
     figures.plot_methods(rows, 0.1, tmp_path / "methods.png")
     figures.plot_trade_off(rows, tmp_path / "trade-off.png")
     assert (tmp_path / "trade-off.png").is_file() and not recwarn.list
 
 
 def test_figures_of_a_teacher_with_many_steps_alone(tmp_path):
-    rows = [row("guided teacher, DDIM", steps, w) for steps in (64, 32) for w in (0.0, 1.0)]
+    rows = [scored("guided teacher, DDIM", steps, w) for steps in (64, 32) for w in (0.0, 1.0)]
     figures.plot_trade_off(rows, tmp_path / "trade-off.png")
     assert (tmp_path / "trade-off.png").is_file()
 

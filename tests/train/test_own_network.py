@@ -11,7 +11,7 @@ from test_command_lines import assert_refused
 
 from fastdiff import checkpoint, denoiser
 from fastdiff.denoiser import with_guidance
-from fastdiff.sample import generate
+from fastdiff.generate import Sampling, generate
 from train import encoder, sid, stage2, two_student
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -51,7 +51,7 @@ def test_every_recipe_takes_it(made):
     assert isinstance(with_guidance(teacher), denoiser.Guided)
     loaded = checkpoint.load(student)
     assert isinstance(loaded.network, mine) and loaded.network.guidance.weight.abs().max() > 0
-    images = next(generate(loaded, num=3, guidance=1.0))
+    images = next(generate(loaded, 3, Sampling(guidance=1.0)))
     assert images.shape == (3, 1, 8, 8) and images.isfinite().all() and images.std() > 0.1
     half = {"start_steps": 2, **SMALL}
     encoder.train(encoder.Options(teacher=first, out=folder / "encoder", **half))

@@ -15,8 +15,8 @@ from PIL import Image
 from fastdiff import checkpoint, data, schedule
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
-from fastdiff.sample import generate
 from fastdiff.unet import UNetConfig
 from train import loop, rounds, stage1, stage2, teacher
 
@@ -113,7 +113,7 @@ def test_an_update_never_waits_for_the_device(where_waiting_raises, recipe, kind
 def test_a_sampler_step_never_waits_for_the_device(parameterization, chosen):
     made, _, second = models_on(META, parameterization, chosen)
     for model, guidance in [(Guided(made), 1.0), (Guided(made), torch.ones(4, device=META)), (second, 1.0)]:
-        images = next(generate(model, num=4, guidance=guidance, steps=1))
+        images = next(generate(model, 4, Sampling(guidance=guidance, steps=1)))
         assert images.device == META and images.shape == (4, 3, 16, 16) and images.dtype == torch.float32
 
 
@@ -251,7 +251,7 @@ def test_every_round_is_a_checkpoint(runs):
         config = model.config
         assert (config.kind, config.sampler, config.steps, config.guidance_range) == ("stage2", "ddim", steps, (0, 4))
         assert config.unet.guidance_input and config.class_names == tuple("0123456789")
-        images = next(generate(with_guidance(model), num=4, guidance=1.0, steps=steps))
+        images = next(generate(with_guidance(model), 4, Sampling(guidance=1.0, steps=steps)))
         assert images.isfinite().all() and model.network_rows == 4 * steps
     rows = [json.loads(line) for line in (runs.stage2 / "metrics.jsonl").read_text().splitlines()]
     assert [(row["run"], row["update"]) for row in rows] == [("steps-2", 8), ("steps-1", 8)]
@@ -383,7 +383,7 @@ def test_unconditional_data_go_from_the_teacher_to_stage2(tmp_path):
     assert not (tmp_path / "stage1").exists()
     last = stage2.train(stage2_options(tmp_path / "teacher", tmp_path / "stage2", **common))
     assert last.config.guidance_range is None and last.config.steps == 1 and last.num_classes == 0
-    images = next(generate(with_guidance(last), num=3, steps=1))
+    images = next(generate(with_guidance(last), 3, Sampling(steps=1)))
     assert images.shape == (3, 3, 8, 8) and images.isfinite().all()
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ import kernels
 from fastdiff import checkpoint, cli, data, metrics, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.errors import UserError
+from fastdiff.generate import Sampling, generate
 from fastdiff.losses import sid
 from fastdiff.losses.batch import GUIDANCE, TIME
-from fastdiff.sample import generate
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
 from train import encoder, loop, stage1, stage2, two_student
@@ -611,7 +612,7 @@ def test_a_conditional_teacher_gives_a_generator_of_one_call(models, tmp_path):
     train(models / "teacher", tmp_path / "run", updates=1)
     model = with_guidance(checkpoint.load(tmp_path / "run"))
     assert model.config.guidance_range == (0.0, 0.0)
-    images = next(generate(model, num=7, guidance=0.0, steps=1, sampler="one_step"))
+    images = next(generate(model, 7, Sampling(guidance=0.0, steps=1, sampler="one_step")))
     assert model.network_rows == 7 and images.isfinite().all()
 
 
@@ -631,7 +632,7 @@ def test_an_unconditional_teacher_gives_an_unconditional_generator(models, tmp_p
 def test_images_are_made_in_one_call_from_sigma_init(models, tmp_path):
     train(models / "edm", tmp_path / "run", updates=1, sigma_init=0.75)
     model = checkpoint.load(tmp_path / "run")
-    found = next(generate(model, num=4, guidance=0.0, steps=1, sampler="one_step", clip=False, seed=2))
+    found = next(generate(model, 4, Sampling(guidance=0.0, steps=1, sampler="one_step", clip=False, seed=2)))
     z = 0.6 * kernels.randn((4, 1, 8, 8), seed=2, sample_ids=torch.arange(4), step=0, device="cpu")  # tan φ = 3/4
     with torch.no_grad():
         v = model(z, torch.full((4,), math.atan(0.75)), torch.arange(4))
@@ -709,9 +710,11 @@ def scripted(monkeypatch, distances):
     """Scores without scoring: the distances in turn."""
     stream = iter(distances)
     monkeypatch.setattr(recipe.Reference, "load", lambda *args, **kwargs: object())
-    monkeypatch.setattr(
-        recipe, "evaluate", lambda *args, guidance, **kwargs: {"guidance": guidance, "fd": next(stream), "score": 1.0}
-    )
+
+    def scored(model, reference, sampling, **others):
+        return SimpleNamespace(guidance=sampling.guidance, fd=next(stream), score=1.0)
+
+    monkeypatch.setattr(recipe, "evaluate", scored)
 
 
 def same_weights(first, second):
@@ -745,9 +748,10 @@ def test_what_is_scored_is_what_is_saved_in_eval_mode(models, tmp_path, monkeypa
     """Dropout has no place in a score."""
     seen, real = [], recipe.generate
 
-    def spy(model, *, sampler, **kwargs):
-        seen.append((sampler, any(part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))))
-        return real(model, sampler=sampler, **kwargs)
+    def spy(model, labels, sampling):
+        dropout = (part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))
+        seen.append((sampling.sampler, any(dropout)))
+        return real(model, labels, sampling)
 
     monkeypatch.setattr(recipe, "generate", spy)
     train(models / "teacher", tmp_path / "run", ema=ema, dropout=0.5, updates=2, save_every=1)
@@ -769,9 +773,9 @@ def test_a_collapse_is_told(models, tmp_path, monkeypatch, capsys):
     assert not any("near-duplicate" in a for row in lines_of(tmp_path / "well/scores.jsonl") for a in row["alarms"])
     real = recipe.generate
 
-    def collapsed(model, *, sampler, **kwargs):
-        for images in real(model, sampler=sampler, **kwargs):
-            yield images[:1].expand_as(images) if sampler == "one_step" else images
+    def collapsed(model, labels, sampling):
+        for images in real(model, labels, sampling):
+            yield images[:1].expand_as(images) if sampling.sampler == "one_step" else images
 
     monkeypatch.setattr(recipe, "generate", collapsed)
     capsys.readouterr()
@@ -930,7 +934,7 @@ def test_too_many_samples_that_are_not_finite_end_the_run(models, tmp_path, monk
             train(models / "guided", tmp_path / "run", **options)
     assert "32 of 64 samples" in str(caught.value) and str(tmp_path / "run") in str(caught.value)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000004"]
-    images = next(generate(checkpoint.load(tmp_path / "run"), num=4, guidance=1.0, steps=1, sampler="one_step"))
+    images = next(generate(checkpoint.load(tmp_path / "run"), 4, Sampling(guidance=1.0, steps=1, sampler="one_step")))
     assert images.isfinite().all()
     result = train(models / "guided", tmp_path / "run", resume=True, **options)
     assert_same_weights(result, train(models / "guided", tmp_path / "whole", **options), atol=0, rtol=0)
