@@ -113,8 +113,9 @@ def differentiable(forward: Callable, backward: Callable, saved: Callable, input
             results = output if isinstance(output, tuple) else (output,)
             tensors, ctx.others = saved(arguments, results)
             ctx.save_for_backward(*tensors)
-            ctx.mark_non_differentiable(*results[1:])
-            ctx.set_materialize_grads(False)  # or else the other results would get gradients of zeros
+            if others := results[1:]:
+                ctx.mark_non_differentiable(*others)
+                ctx.set_materialize_grads(False)  # or else they would get gradients of zeros
 
         @staticmethod
         def backward(ctx, grad, *_):
