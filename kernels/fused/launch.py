@@ -119,20 +119,20 @@ def differentiable(forward: Callable, backward: Callable, saved: Callable, input
 
         @staticmethod
         def backward(ctx, grad, *_):
-            needed = list(ctx.needs_input_grad)
+            needed = ctx.needs_input_grad
             if grad is None:
                 return (None,) * len(needed)
-            given = (grad, *ctx.saved_tensors, *ctx.others)
             if inputs == 1:
-                return _last(backward, *given), *[None] * (len(needed) - 1)
-            gradients = iter(_last(backward, *given, needed[:inputs]))
-            return tuple(next(gradients) if need else None for need in needed)
+                return _last(backward, grad, *ctx.saved_tensors, *ctx.others), *[None] * (len(needed) - 1)
+            gradients = iter(_last(backward, grad, *ctx.saved_tensors, *ctx.others, list(needed[:inputs])))
+            return tuple([next(gradients) if need else None for need in needed])
 
     Operation.forward.__signature__ = inspect.signature(Operation.forward)  # or `apply` works it out in every call
 
     def run(*arguments):
         """`apply`, or the operator alone where nobody wants a derivative: `apply` takes longer than many a kernel."""
-        return Operation.apply(*arguments) if _derivative_wanted(arguments) else forward(*arguments)
+        wanted = _gradient_wanted if torch.compiler.is_compiling() else _derivative_wanted
+        return Operation.apply(*arguments) if wanted(arguments) else forward(*arguments)
 
     return run
 
@@ -144,14 +144,14 @@ def _last(operator: Callable, *arguments):
     return operator(*arguments)
 
 
-def _transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _derivative_wanted(arguments: tuple) -> bool:
-    if not torch.compiler.is_compiling() and _transformed():  # which compilers cannot look up
+    """Whether anybody wants one, `torch.func` and forward mode included, which compilers cannot ask."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
+    return _gradient_wanted(arguments)
+
+
+def _gradient_wanted(arguments: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
