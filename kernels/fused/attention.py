@@ -53,10 +53,9 @@ def _store(base, tile, rows, stride, tokens, WIDTH: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def _block(tokens, SIZE: tl.constexpr):
-    """(item, tokens) of a program that has SIZE tokens of one head."""
+    """(item, block) of a program that has SIZE tokens of one head."""
     blocks = tl.cdiv(tokens, SIZE)
-    item, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    return item, block * SIZE + tl.arange(0, SIZE)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -80,10 +79,11 @@ def _forward_kernel(
     EVEN: tl.constexpr,  # whether all tiles end with the tokens, at the latest
 ):
     """One program: ROWS queries of one head against all keys."""
-    item, rows = _block(tokens, ROWS)
+    item, block = _block(tokens, ROWS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
+    rows = block * ROWS + tl.arange(0, ROWS)
     q = _load(base, rows, stride, tokens, WIDTH, TILE, EVEN)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -161,10 +161,11 @@ def _backward_q_kernel(
     EVEN: tl.constexpr,
 ):
     """One program: dQ of ROWS queries, from all keys; leaves their δ = Σ O ∘ dO behind for the other kernel."""
-    item, rows = _block(tokens, ROWS)
+    item, block = _block(tokens, ROWS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
+    rows = block * ROWS + tl.arange(0, ROWS)
     at = item.to(tl.int64) * tokens + rows
     do = _load(_head(grad, item, tokens, heads, WIDTH, 1), rows, channels, tokens, WIDTH, TILE, EVEN)
     o = _load(_head(out, item, tokens, heads, WIDTH, 1), rows, channels, tokens, WIDTH, TILE, EVEN)
@@ -203,11 +204,12 @@ def _backward_kv_kernel(
     EVEN: tl.constexpr,
 ):
     """One program: dK and dV of KEYS keys, from all queries; scores are transposed, (keys, rows)."""
-    item, keys = _block(tokens, KEYS)
+    item, block = _block(tokens, KEYS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
     grad_base = _head(grad, item, tokens, heads, WIDTH, 1)
+    keys = block * KEYS + tl.arange(0, KEYS)
     k = _load(base + channels, keys, stride, tokens, WIDTH, TILE, EVEN)
     v = _load(base + 2 * channels, keys, stride, tokens, WIDTH, TILE, EVEN)
     dk = tl.zeros((KEYS, TILE), tl.float32)

@@ -50,8 +50,8 @@ def _parameter_gradients_kernel(
     sum_gx,  # (B, channels) float32: Σ g·x̂
     weight,  # (channels,)
     bias,  # (channels,)
-    scale,  # (B, channels), rows `stride` elements apart; or None
-    stride,
+    scale,  # (B, channels), rows `scale_stride` elements apart; or None
+    scale_stride,
     samples,  # B
     channels,
     SAMPLES: tl.constexpr,  # at a time
@@ -73,7 +73,7 @@ def _parameter_gradients_kernel(
         if d_shift is not None:
             store(d_shift, at, g, mask)
         if scale is not None:
-            factor = 1 + load(scale, sample * stride + channel[None, :], mask)
+            factor = 1 + load(scale, sample * scale_stride + channel[None, :], mask)
             g, gx = g * factor, gx * factor
         of_weight += gx
         of_bias += g
@@ -125,13 +125,16 @@ def _run(kernel, programs: int, given: dict[str, object], *, num_warps: int = 4,
 
 def _arguments(x, mean, rstd, weight, bias, scale, shift, silu) -> dict[str, object]:
     """What most kernels take; scale and shift are read where they lie, since they often are halves of one tensor."""
-    if scale is not None and not (scale.stride(1) == shift.stride(1) == 1 and scale.stride(0) == shift.stride(0)):
-        scale, shift = scale.contiguous(), shift.contiguous()
+    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
     images = {"x": x, "mean": mean, "rstd": rstd}
     parameters = {"weight": weight.contiguous(), "bias": bias.contiguous(), "scale": scale, "shift": shift}
     samples, channels, height, width = x.shape
     sizes = {"samples": samples, "pixels": height * width, "channels": channels, "groups": mean.shape[1]}
-    return images | parameters | sizes | {"stride": 0 if scale is None else scale.stride(0), "SILU": silu}
+    strides = {
+        "scale_stride": 0 if scale is None else scale.stride(0),
+        "shift_stride": 0 if shift is None else shift.stride(0),
+    }
+    return images | parameters | strides | sizes | {"SILU": silu}
 
 
 @operator("group_norm")

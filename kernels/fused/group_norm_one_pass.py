@@ -6,7 +6,7 @@ channels, channels-last):
     x, y, dx, dy    (B, pixels, channels): the image, the result and their gradients
     mean, rstd      (B, groups) float32
     weight, bias    (channels,)
-    scale, shift    (B, channels), rows `stride` elements apart; or None
+    scale, shift    (B, channels), rows `…_stride` elements apart; or None
     SILU            whether SiLU follows
     SIZE            channels of a group
 """
@@ -31,14 +31,13 @@ def _silu_slope(u):
 
 
 @triton.jit
-def affine(weight, bias, scale, shift, stride, sample, channel, inside):
+def affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside):
     """(gain, offset) of each channel."""
     gain, offset = load(weight, channel, inside), load(bias, channel, inside)
     if scale is not None:
-        at = sample.to(tl.int64) * stride + channel
-        factor = 1 + load(scale, at, inside)
+        factor = 1 + load(scale, sample.to(tl.int64) * scale_stride + channel, inside)
         gain *= factor
-        offset = offset * factor + load(shift, at, inside)
+        offset = offset * factor + load(shift, sample.to(tl.int64) * shift_stride + channel, inside)
     return gain, offset
 
 
@@ -100,7 +99,8 @@ def one_pass_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     eps,
     pixels,
     channels,
@@ -122,7 +122,7 @@ def one_pass_kernel(
     group = sample.to(tl.int64) * groups + first + tl.arange(0, GROUPS)
     tl.store(mean + group, of_groups)
     tl.store(rstd + group, r)
-    gain, offset = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+    gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     u = deviation * (gain * _to_columns(r, GROUPS, PADDED))[None, :] + offset[None, :]
     if SILU:
         u = silu(u)
@@ -142,7 +142,8 @@ def one_pass_backward_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     pixels,
     channels,
     groups,
@@ -157,7 +158,7 @@ def one_pass_backward_kernel(
     start = sample.to(tl.int64) * pixels * channels
     group = sample.to(tl.int64) * groups + first + tl.arange(0, GROUPS)
     mu, r = _to_columns(tl.load(mean + group), GROUPS, PADDED), _to_columns(tl.load(rstd + group), GROUPS, PADDED)
-    gain, offset = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+    gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, mu, r, gain, offset, SILU)
     of_g, of_gx = tl.sum(g, axis=0), tl.sum(g * xhat, axis=0)
     tl.store(sum_g + sample.to(tl.int64) * channels + channel, of_g, mask=inside)

@@ -115,7 +115,8 @@ def apply_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     pixels,
     channels,
     groups,
@@ -130,7 +131,7 @@ def apply_kernel(
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
     mu, r = load(mean, group, inside), load(rstd, group, inside)
-    gain, offset = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+    gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
@@ -152,7 +153,8 @@ def sums_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     pixels,
     channels,
     groups,
@@ -168,7 +170,7 @@ def sums_kernel(
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
     mu, r = load(mean, group, inside), load(rstd, group, inside)
-    gain, offset = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+    gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     of_g = tl.zeros((ROWS, CHANNELS), tl.float32)
     of_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
     start = sample.to(tl.int64) * pixels * channels
@@ -194,7 +196,8 @@ def combine_sums_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     pixels,
     channels,
     groups,
@@ -218,7 +221,7 @@ def combine_sums_kernel(
             at, mask = _rows(first_tile, channel, inside, tiles, channels, TILES)
             of_g += load(tile_g + start, at, mask)
             of_gx += load(tile_gx + start, at, mask)
-        gain, _ = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+        gain, _ = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
         channel_g, channel_gx = tl.sum(of_g, axis=0), tl.sum(of_gx, axis=0)
         tl.store(sum_g + row + channel, channel_g, mask=inside)
         tl.store(sum_gx + row + channel, channel_gx, mask=inside)
@@ -241,7 +244,8 @@ def input_gradient_kernel(
     bias,
     scale,
     shift,
-    stride,
+    scale_stride,
+    shift_stride,
     pixels,
     channels,
     groups,
@@ -257,7 +261,7 @@ def input_gradient_kernel(
     group = sample.to(tl.int64) * groups + channel // SIZE
     mu, r = load(mean, group, inside), load(rstd, group, inside)
     of_g, of_gx = load(mean_g, group, inside), load(mean_gx, group, inside)
-    gain, offset = affine(weight, bias, scale, shift, stride, sample, channel, inside)
+    gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
