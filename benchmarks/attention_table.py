@@ -1,7 +1,8 @@
 """Measure where our attention is faster than PyTorch's: `python -m benchmarks.attention_table --out attention.json`.
 
 Rows {"gpu", "dtype", "head_width", "tokens", "faster": "triton" or "sdpa"} with the times that decided, forward and
-backward together; `kernels/attention.py` chooses by such a table. Needs a GPU; `--tiny` tries it in the interpreter.
+backward together; `kernels/fused/attention.py` chooses by such a table. Needs a GPU; `--tiny` tries it in Triton's
+interpreter.
 """
 
 from __future__ import annotations

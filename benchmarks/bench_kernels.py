@@ -11,36 +11,62 @@ import torch
 
 import kernels
 from benchmarks import eager
+from kernels import cases
 
-inspect = pytest.importorskip("kernels.inspect", reason="the cases need Triton", exc_type=ImportError)
-roofline = pytest.importorskip("benchmarks.roofline", exc_type=ImportError)
+roofline = pytest.importorskip("benchmarks.roofline", reason="the floors need Triton", exc_type=ImportError)
 
-CASES = {case.name: case for case in inspect.CASES}
+CASES = {case.name: case for case in cases.CASES}
 ON_GPU = [
-    "update cifar10 bf16", "update+clip cifar10 bf16", "update+clip+noise cifar10 bf16",
-    "update+clip+noise nchw cifar10 bf16", "update+clip train cifar10 bf16", "update student cifar10 bf16",
-    "update+clip imagenet64 bf16", "loss teacher cifar10 bf16", "loss stage1 cifar10 bf16", "sid cifar10 bf16",
-    "add_noise cifar10 bf16", "randn cifar10 bf16",
-    "norm+modulation+silu 256@32 cifar10 bf16", "norm+modulation+silu 256@16 cifar10 bf16",
-    "norm+modulation+silu 256@8 cifar10 bf16", "norm+silu 512@32 cifar10 bf16",
-    "norm+modulation+silu 192@64 imagenet64 bf16", "norm+modulation+silu 384@32 imagenet64 bf16",
-    "norm+modulation+silu 768@8 imagenet64 bf16", "norm+silu 960@32 imagenet64 bf16",
-    "attention 64x4x64 cifar10 bf16", "attention 256x4x64 cifar10 bf16", "attention 1024x6x64 imagenet64 bf16",
-]  # fmt: skip
+    "update cifar10 bf16",
+    "update+clip cifar10 bf16",
+    "update+clip+noise cifar10 bf16",
+    "update+clip+noise nchw cifar10 bf16",
+    "update+clip train cifar10 bf16",
+    "update student cifar10 bf16",
+    "update+clip imagenet64 bf16",
+    "loss teacher cifar10 bf16",
+    "loss stage1 cifar10 bf16",
+    "sid cifar10 bf16",
+    "add_noise cifar10 bf16",
+    "randn cifar10 bf16",
+    "norm+modulation+silu 256@32 cifar10 bf16",
+    "norm+modulation+silu 256@16 cifar10 bf16",
+    "norm+modulation+silu 256@8 cifar10 bf16",
+    "norm+silu 512@32 cifar10 bf16",
+    "norm+modulation+silu 192@64 imagenet64 bf16",
+    "norm+modulation+silu 384@32 imagenet64 bf16",
+    "norm+modulation+silu 768@8 imagenet64 bf16",
+    "norm+silu 960@32 imagenet64 bf16",
+    "attention 64x4x64 cifar10 bf16",
+    "attention 256x4x64 cifar10 bf16",
+    "attention 1024x6x64 imagenet64 bf16",
+]
 COMPILED = [  # what Inductor is given time for
-    "update+clip cifar10 bf16", "update+clip+noise cifar10 bf16", "loss stage1 cifar10 bf16", "sid cifar10 bf16",
-    "norm+modulation+silu 256@32 cifar10 bf16", "norm+modulation+silu 768@8 imagenet64 bf16",
-    "norm+modulation+silu 192@64 imagenet64 bf16", "attention 256x4x64 cifar10 bf16",
-]  # fmt: skip
+    "update+clip cifar10 bf16",
+    "update+clip+noise cifar10 bf16",
+    "loss stage1 cifar10 bf16",
+    "sid cifar10 bf16",
+    "norm+modulation+silu 256@32 cifar10 bf16",
+    "norm+modulation+silu 768@8 imagenet64 bf16",
+    "norm+modulation+silu 192@64 imagenet64 bf16",
+    "attention 256x4x64 cifar10 bf16",
+]
 ON_CPU = [
-    "update+clip cifar10 fp32", "update+clip+noise cifar10 fp32", "update+clip train cifar10 fp32",
-    "loss teacher cifar10 fp32", "sid cifar10 fp32", "norm+modulation+silu 256@16 cifar10 fp32",
+    "update+clip cifar10 fp32",
+    "update+clip+noise cifar10 fp32",
+    "update+clip train cifar10 fp32",
+    "loss teacher cifar10 fp32",
+    "sid cifar10 fp32",
+    "norm+modulation+silu 256@16 cifar10 fp32",
     "attention 256x4x64 cifar10 fp32",
-]  # fmt: skip
+]
 TINY = [
-    "update+clip+noise cifar10 bf16", "loss stage1 cifar10 bf16", "sid cifar10 bf16",
-    "norm+modulation+silu 256@8 cifar10 bf16", "attention 64x4x64 cifar10 bf16",
-]  # fmt: skip
+    "update+clip+noise cifar10 bf16",
+    "loss stage1 cifar10 bf16",
+    "sid cifar10 bf16",
+    "norm+modulation+silu 256@8 cifar10 bf16",
+    "attention 64x4x64 cifar10 bf16",
+]
 
 
 def pytest_generate_tests(metafunc):
@@ -84,10 +110,8 @@ def test_kernel(benchmark, lab, name, direction, contender):
         def run():
             return case.backward(arguments, out, gradient)
 
-    lab.run(
-        benchmark, run, name, direction, contender, shape=(batch, *case.shape), dtype=case.dtype,
-        **_floor(case, direction, batch, lab.device),
-    )  # fmt: skip
+    size = {"shape": (batch, *case.shape), "dtype": case.dtype}
+    lab.run(benchmark, run, name, direction, contender, **size, **_floor(case, direction, batch, lab.device))
 
 
 def _floor(case, direction: str, batch: int, device: str) -> dict[str, object]:

@@ -63,7 +63,5 @@ def test_unet(benchmark, lab, unet, contender, direction):
 
     benchmark.group = f"U-Net {direction}"
     with _operations(contender):
-        lab.run(
-            benchmark, run, f"U-Net {config.channels} channels", direction, contender,
-            shape=tuple(z.shape), dtype=torch.bfloat16 if gpu else torch.float32,
-        )  # fmt: skip
+        size = {"shape": tuple(z.shape), "dtype": torch.bfloat16 if gpu else torch.float32}
+        lab.run(benchmark, run, f"U-Net {config.channels} channels", direction, contender, **size)

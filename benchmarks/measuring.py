@@ -16,9 +16,22 @@ except ImportError:
 
 QUANTILES = (0.2, 0.5, 0.8)
 FIELDS = (
-    "gpu", "torch", "triton", "cuda", "kernel", "direction", "contender", "shape", "dtype", "p20_us", "p50_us",
-    "p80_us", "gb_per_s", "tflop_per_s", "percent_of_floor",
-)  # fmt: skip
+    "gpu",
+    "torch",
+    "triton",
+    "cuda",
+    "kernel",
+    "direction",
+    "contender",
+    "shape",
+    "dtype",
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "gb_per_s",
+    "tflop_per_s",
+    "percent_of_floor",
+)
 
 
 def times_us(function: Callable[[], object], device: str, runs: int = 5) -> tuple[float, float, float]:
@@ -40,9 +53,18 @@ def gpu_name(device: str) -> str:
 
 
 def row(
-    device: str, kernel: str, direction: str, contender: str, shape: tuple[int, ...], dtype: torch.dtype,
-    times: tuple[float, float, float], *, moved: int = 0, operations: float = 0, floor_us: float | None = None,
-) -> dict[str, object]:  # fmt: skip
+    device: str,
+    kernel: str,
+    direction: str,
+    contender: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    times: tuple[float, float, float],
+    *,
+    moved: int = 0,
+    operations: float = 0,
+    floor_us: float | None = None,
+) -> dict[str, object]:
     """One CSV row; moved and operations: bytes and floating-point operations that the task needs, whoever does it."""
     p20, p50, p80 = times
     return {

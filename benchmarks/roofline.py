@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from benchmarks import eager
+from kernels.cases import CASES, Case
 
 try:
     from kernels.fused.launch import INTERPRETED, Launch
-    from kernels.inspect import CASES, Case, inspect, kernel_name, launches
+    from kernels.inspect import inspect, kernel_name, launches
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -101,9 +102,16 @@ DIVISION = 20  # integer operations of a division by a number that the compiler 
 
 # float32 operations per element of the largest tensor, counted in the source; enough to see that memory is the limit.
 FLOATS = {
-    "update": 14, "update_backward": 14, "regression.loss": 9, "regression.scale": 2, "sid_loss.loss": 9,
-    "sid_loss.gradient": 12, "group_norm.one_pass": 20, "group_norm.stats": 6, "group_norm.apply": 12,
-}  # fmt: skip
+    "affine_update.update": 14,
+    "affine_update.update_backward": 14,
+    "regression_loss.loss": 9,
+    "regression_loss.scale": 2,
+    "sid_loss.loss": 9,
+    "sid_loss.gradient": 12,
+    "group_norm_one_pass.one_pass": 20,
+    "group_norm_split.stats": 6,
+    "group_norm_split.apply": 12,
+}
 OTHER_FLOATS = 30  # of a kernel that is not listed: SiLU's derivative and the like
 # Matrix products of tokens × tokens × head width in each attention kernel.
 DOTS = {"forward": 2, "backward_one_block": 5, "backward_q": 3, "backward_kv": 4}
@@ -124,7 +132,7 @@ def _work_of_launch(launch: Launch, case: Case) -> Work:
         if name in PART_OF_GRADIENT:
             moved -= round((1 - PART_OF_GRADIENT[name]) * _bytes(launch.arguments["grad_qkv"]))
         return Work(moved, DOTS[name] * 2 * case.batch * tokens * tokens * packed / 3)
-    floats = FLOATS.get(f"{module}.{name}", FLOATS.get(name, OTHER_FLOATS)) * elements
+    floats = FLOATS.get(f"{module}.{name}", OTHER_FLOATS) * elements
     if launch.arguments.get("sample_ids") is None:
         return Work(moved, floats=floats)
     if launch.arguments.get("CHANNELS_LAST"):  # neighbours in memory do not share a counter: one Philox for each

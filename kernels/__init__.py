@@ -48,12 +48,20 @@ class Clip(NamedTuple):
 
 
 def affine_update(
-    z: Tensor, a: Tensor, b: Tensor | None = None, *,
-    coef_z: Tensor | None, coef_a: Tensor, coef_b: Tensor | None = None,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    coef_z: Tensor | None,
+    coef_a: Tensor,
+    coef_b: Tensor | None = None,
     clip: float | Tensor | Clip | None = None,
-    coef_noise: Tensor | None = None, seed: int | None = None, sample_ids: Tensor | None = None, step: int = 0,
+    coef_noise: Tensor | None = None,
+    seed: int | None = None,
+    sample_ids: Tensor | None = None,
+    step: int = 0,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """coef_z·z + coef_a·a [+ coef_b·b], then clipped, then + coef_noise·randn: one sampler step in one pass.
 
     z, a, b: (B, ...) of one shape, any floating dtypes. coef_*: (B,); coef_z=None leaves z out of the sum. clip: see
@@ -73,10 +81,10 @@ def affine_update(
         clip = _checked_clip(clip, z)
     if out_dtype is not None and out_dtype not in checks.FLOATING:
         raise TypeError(f"affine_update: out_dtype must be a floating dtype of 16, 32 or 64 bits, got {out_dtype!r}")
+    noise = {"coef_noise": coef_noise, "seed": seed, "sample_ids": sample_ids, "step": step}
     return implementation("affine_update", z)(
-        z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, coef_noise=coef_noise, seed=seed,
-        sample_ids=sample_ids, step=step, out_dtype=out_dtype,
-    )  # fmt: skip
+        z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, out_dtype=out_dtype, **noise
+    )
 
 
 def _checked_clip(clip: float | Tensor | Clip, z: Tensor) -> Clip:
@@ -120,12 +128,10 @@ def stochastic_step(
     checks.images("stochastic_step", z=z, v_cond=v_cond)
     checks.coefficients("stochastic_step", z, angle_from=angle_from, angle_far=angle_far, angle_to=angle_to)
     keep = torch.cos(angle_to) / torch.cos(angle_far)
-    noise = (torch.sin(angle_to).square() - (torch.sin(angle_far) * keep).square()).clamp(min=0).sqrt()
+    std = (torch.sin(angle_to).square() - (torch.sin(angle_far) * keep).square()).clamp(min=0).sqrt()
     coef_z, coef_v = keep * torch.cos(angle_from - angle_far), -keep * torch.sin(angle_from - angle_far)
-    return _guided(
-        z, v_cond, v_uncond, guidance, angle_from, angle_far, coef_z, coef_v, clip, keep=keep,
-        coef_noise=noise, seed=seed, sample_ids=sample_ids, step=step,
-    )  # fmt: skip
+    noise = {"coef_noise": std, "seed": seed, "sample_ids": sample_ids, "step": step}
+    return _guided(z, v_cond, v_uncond, guidance, angle_from, angle_far, coef_z, coef_v, clip, keep, **noise)
 
 
 def _guided(z, v_cond, v_uncond, guidance, start, end, coef_z, coef_v, clip, keep=1.0, **noise) -> Tensor:
@@ -152,9 +158,16 @@ def add_noise(x: Tensor, angle: Tensor, *, seed: int, sample_ids: Tensor, step: 
 
 
 def affine_regression_loss(
-    prediction: Tensor, z: Tensor, a: Tensor, b: Tensor | None, *,
-    coef_z: Tensor | None, coef_a: Tensor, coef_b: Tensor | None, weight: Tensor,
-) -> Tensor:  # fmt: skip
+    prediction: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    *,
+    coef_z: Tensor | None,
+    coef_a: Tensor,
+    coef_b: Tensor | None,
+    weight: Tensor,
+) -> Tensor:
     """weight · mean((coef_z·z + coef_a·a + coef_b·b − prediction)²) per sample: (B,), differentiable in prediction.
 
     prediction, z, a, b: (B, ...) of one shape; coefficients and weight (B,). The target carries no gradient.
@@ -183,9 +196,16 @@ def sid_generator_loss(teacher_x: Tensor, fake_x: Tensor, generated_x: Tensor, a
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
     """GroupNorm, then ·(1 + scale) + shift per sample and channel, then SiLU; x (B, C, H, W), scale, shift (B, C).
 
     Returns x's dtype and memory layout. Raises ValueError if groups do not divide C or scale comes without shift.

@@ -1,8 +1,9 @@
-"""The fused sampler step in Triton: a sum of images with per-sample coefficients, clipped, noised, in one pass."""
+"""The fused sampler step in Triton: a sum of images with per-sample coefficients, clipped, noised, in one pass.
+
+B samples of n elements each, of any floating dtype but float64, all in one memory order. Coefficients are float32.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -10,24 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .launch import Function, aligned, last, launch, memory_format, needs_reference, operator
+from .common import coefficient, have_gradient, load, store, table, tile_of_sample, tiling
+from .launch import aligned, differentiable, launch, memory_format, needs_reference, operator
 from .philox import as_int64, key, normals_at, normals_in_order
 
-BLOCK = 1024  # 8 elements a thread: 128-bit loads of half-precision tensors
-
-
-@triton.jit
-def load(image, at, mask):
-    return tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def coefficient(coefs, ROW: tl.constexpr, sample, samples):
-    """One sample's coefficient from a (rows, samples) table."""
-    return tl.load(coefs + ROW * tl.cast(samples, tl.int64) + sample)
-
-
-# The rows of the table of coefficients that `table` makes; what is not used has some other row's values.
+# The rows of the table of coefficients; what is not used has some other row's values.
 OF_Z, OF_A, OF_B, CLIP_Z, CLIP_X, OF_NOISE, PERCENTILE = (tl.constexpr(row) for row in range(7))
 
 
@@ -59,14 +47,27 @@ def _limits(limit, coefs, sample, samples):
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
 def _update_kernel(
-    out, noise_out, z, a, b, coefs, limit, sample_ids, seed_low, seed_high, step, n, pixels, channels, tiles, samples,
-    Z_IN_SUM: tl.constexpr, CLIP: tl.constexpr, STEP_ON: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    sample, tile = pid // tiles, pid % tiles
-    element = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = element < n
-    at = sample.to(tl.int64) * n + element
+    out,  # (B, n)
+    noise_out,  # (B, n): keeps the noise; or None
+    z,  # (B, n) or None
+    a,  # (B, n)
+    b,  # (B, n) or None
+    coefs,  # (7, B): the table
+    limit,  # of the clip; None: the table's percentiles
+    sample_ids,  # (B,) int64; None: no noise
+    seed_low,  # int32, like the next two: which stream of noise
+    seed_high,
+    step,
+    channels,  # of a channels-last image, else 1
+    n,
+    samples,  # B
+    Z_IN_SUM: tl.constexpr,  # whether there is a coef_z
+    CLIP: tl.constexpr,
+    STEP_ON: tl.constexpr,  # from the clipped sum, by the table's CLIP_Z and CLIP_X
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, tile, element, mask, at = tile_of_sample(n, BLOCK)
     image, total = _weighted_sum(z, a, b, coefs, sample, samples, at, mask, Z_IN_SUM)
     if CLIP:
         largest, factor = _limits(limit, coefs, sample, samples)
@@ -77,26 +78,35 @@ def _update_kernel(
     if sample_ids is not None:
         sample_id = tl.load(sample_ids + sample)
         if CHANNELS_LAST:  # noise is counted by (channel, row, column), whatever the memory order
-            logical = (element % channels) * pixels + element // channels
+            logical = (element % channels) * (n // channels) + element // channels
             noise = normals_at(logical, sample_id, seed_low, seed_high, step)
         else:
             noise = normals_in_order(tile * (BLOCK // 4), sample_id, seed_low, seed_high, step, BLOCK)
         if noise_out is not None:
-            tl.store(noise_out + at, noise, mask=mask)
+            store(noise_out, at, noise, mask)
         total += coefficient(coefs, OF_NOISE, sample, samples) * noise
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    store(out, at, total, mask)
 
 
 @triton.jit
 def _update_backward_kernel(
-    grad, grad_z, grad_a, grad_b, z, a, b, coefs, limit, n, tiles, samples,
-    Z_IN_SUM: tl.constexpr, CLIP: tl.constexpr, STEP_ON: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    sample, tile = pid // tiles, pid % tiles
-    element = tile * BLOCK + tl.arange(0, BLOCK)
-    mask = element < n
-    at = sample.to(tl.int64) * n + element
+    grad,  # (B, n): the gradient of `out`
+    grad_z,  # (B, n), like the next two: to be written; None where it is not needed
+    grad_a,
+    grad_b,
+    z,  # (B, n), like the next two: only read under a clip, else None
+    a,
+    b,
+    coefs,  # (7, B): the table
+    limit,  # of the clip; None: the table's percentiles
+    n,
+    samples,  # B
+    Z_IN_SUM: tl.constexpr,  # these three as above
+    CLIP: tl.constexpr,
+    STEP_ON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, _, _, mask, at = tile_of_sample(n, BLOCK)
     outer = load(grad, at, mask)
     inner = outer  # the gradient of the sum, before the clip
     if CLIP:
@@ -111,82 +121,77 @@ def _update_backward_kernel(
             to_z += coefficient(coefs, OF_Z, sample, samples) * inner
         if STEP_ON:
             to_z += coefficient(coefs, CLIP_Z, sample, samples) * outer
-        tl.store(grad_z + at, to_z.to(grad_z.dtype.element_ty), mask=mask)
+        store(grad_z, at, to_z, mask)
     if grad_a is not None:
-        to_a = coefficient(coefs, OF_A, sample, samples) * inner
-        tl.store(grad_a + at, to_a.to(grad_a.dtype.element_ty), mask=mask)
+        store(grad_a, at, coefficient(coefs, OF_A, sample, samples) * inner, mask)
     if grad_b is not None:
-        to_b = coefficient(coefs, OF_B, sample, samples) * inner
-        tl.store(grad_b + at, to_b.to(grad_b.dtype.element_ty), mask=mask)
+        store(grad_b, at, coefficient(coefs, OF_B, sample, samples) * inner, mask)
 
 
-def _tiling(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, arguments) of a kernel that walks each sample in tiles of BLOCK."""
-    samples, n = x.shape[0], math.prod(x.shape[1:])
-    tiles = triton.cdiv(n, BLOCK)
-    return (samples * tiles,), {"n": n, "tiles": tiles, "samples": samples, "BLOCK": BLOCK}
+def _launch_update(a: Tensor, coefs: Tensor, **given) -> None:
+    channels_last = memory_format(a) == torch.channels_last
+    channels = a.shape[1] if channels_last else 1
+    given |= {"channels": channels, "CHANNELS_LAST": channels_last, "samples": len(a)}
+    launch(_update_kernel, **tiling(a), a=a, coefs=coefs, **given)
 
 
 @operator("affine_update")
 def update(
-    z: Tensor | None, a: Tensor, b: Tensor | None, coefs: Tensor, z_in_sum: bool, clip: bool, limit: float | None,
-    step_on: bool, sample_ids: Tensor | None, seed: int, step: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`kernels.affine_update` on checked arguments, with their `table` of coefficients.
-
-    z_in_sum: whether coef_z is given; clip: at limit, None for the percentiles; step_on: the clip has coefficients.
-    """
+    z: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    coefs: Tensor,
+    z_in_sum: bool,
+    clip: bool,
+    limit: float | None,
+    step_on: bool,
+    sample_ids: Tensor | None,
+    seed: int,
+    step: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`kernels.affine_update` on checked arguments, with their table of coefficients; flags as the kernel has them."""
     z, a, b = aligned(z, a, b, to=a if z is None else z)
     out = torch.empty_like(a, dtype=out_dtype)
-    _launch_update(out, None, z, a, b, coefs, z_in_sum, clip, limit, step_on, sample_ids, seed, step)
+    images = {"out": out, "noise_out": None, "z": z, "b": b}
+    flags = {"Z_IN_SUM": z_in_sum, "CLIP": clip, "STEP_ON": step_on}
+    _launch_update(a, coefs, **images, limit=limit, sample_ids=sample_ids, **key(seed, step), **flags)
     return out
-
-
-def _launch_update(out, noise_out, z, a, b, coefs, z_in_sum, clip, limit, step_on, sample_ids, seed, step) -> None:
-    grid, tiling = _tiling(a)
-    channels_last = memory_format(a) == torch.channels_last
-    channels = a.shape[1] if channels_last else 1
-    launch(
-        _update_kernel, grid, out=out, noise_out=noise_out, z=z, a=a, b=b, coefs=coefs, limit=limit,
-        sample_ids=sample_ids, **key(seed, step), **tiling, channels=channels, pixels=tiling["n"] // channels,
-        Z_IN_SUM=z_in_sum, CLIP=clip, STEP_ON=step_on, CHANNELS_LAST=channels_last,
-    )  # fmt: skip
 
 
 @operator("affine_update_backward")
 def update_backward(
-    grad: Tensor, z: Tensor | None, a: Tensor | None, b: Tensor | None, coefs: Tensor, z_in_sum: bool, clip: bool,
-    limit: float | None, step_on: bool,
-    dtype_z: torch.dtype | None, dtype_a: torch.dtype | None, dtype_b: torch.dtype | None,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of those of z, a, b that have a dtype given; the images themselves only matter under a clip."""
+    grad: Tensor,
+    z: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    coefs: Tensor,
+    z_in_sum: bool,
+    clip: bool,
+    limit: float | None,
+    step_on: bool,
+    dtype_z: torch.dtype | None,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The needed gradients of z, a, b, in their dtypes; the images themselves only matter under a clip."""
     grad, z, a, b = aligned(grad, z, a, b, to=grad if a is None else a)
-    grads = [None if dtype is None else torch.empty_like(grad, dtype=dtype) for dtype in (dtype_z, dtype_a, dtype_b)]
-    grid, tiling = _tiling(grad)
-    launch(
-        _update_backward_kernel, grid, grad=grad, grad_z=grads[0], grad_a=grads[1], grad_b=grads[2], z=z, a=a, b=b,
-        coefs=coefs, limit=limit, **tiling, Z_IN_SUM=z_in_sum, CLIP=clip, STEP_ON=step_on,
-    )  # fmt: skip
+    dtypes = zip((dtype_z, dtype_a, dtype_b), needed, strict=True)
+    grads = [torch.empty_like(grad, dtype=dtype) if need else None for dtype, need in dtypes]
+    images = dict(zip(("grad_z", "grad_a", "grad_b"), grads, strict=True), grad=grad, z=z, a=a, b=b)
+    flags = {"Z_IN_SUM": z_in_sum, "CLIP": clip, "STEP_ON": step_on}
+    launch(_update_backward_kernel, **tiling(grad), **images, coefs=coefs, limit=limit, samples=len(grad), **flags)
     return [g for g in grads if g is not None]
 
 
-class _Update(Function):
-    @staticmethod
-    def forward(*arguments):
-        return update(*arguments)
+def _saved(arguments, results):
+    z, a, b, coefs, z_in_sum, clip, limit, step_on, *_ = arguments
+    images = (z, a, b) if clip else (None, None, None)
+    return (*images, coefs), (z_in_sum, clip, limit, step_on, *(None if t is None else t.dtype for t in (z, a, b)))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        z, a, b, coefs, z_in_sum, clip, limit, step_on, *_ = inputs
-        ctx.flags = z_in_sum, clip, limit, step_on
-        ctx.dtypes = [None if t is None else t.dtype for t in (z, a, b)]
-        ctx.save_for_backward(*((z, a, b) if clip else (None, None, None)), coefs)
 
-    @staticmethod
-    def backward(ctx, grad):
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True)]
-        grads = iter(last(update_backward, grad, *ctx.saved_tensors, *ctx.flags, *dtypes))
-        return *(None if dtype is None else next(grads) for dtype in dtypes), *[None] * 9
+_update = differentiable(update, update_backward, _saved, inputs=3)
 
 
 def affine_update(z, a, b, *, coef_z, coef_a, coef_b, clip, coef_noise, seed, sample_ids, step, out_dtype) -> Tensor:
@@ -194,28 +199,15 @@ def affine_update(z, a, b, *, coef_z, coef_a, coef_b, clip, coef_noise, seed, sa
     percentile = clip.limit if clip is not None and isinstance(clip.limit, Tensor) else None
     coefs = [coef_z, coef_a, coef_b, clip_z, clip_x, coef_noise, percentile]
     if needs_reference(z, a, b) or out_dtype == torch.float64 or have_gradient(coefs):
-        return reference.affine_update(
-            z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=clip, coef_noise=coef_noise, seed=seed,
-            sample_ids=sample_ids, step=step, out_dtype=out_dtype,
-        )  # fmt: skip
+        given = {"coef_z": coef_z, "coef_a": coef_a, "coef_b": coef_b, "clip": clip, "coef_noise": coef_noise}
+        stream = {"seed": seed, "sample_ids": sample_ids, "step": step}
+        return reference.affine_update(z, a, b, **given, **stream, out_dtype=out_dtype)
     if coef_z is None and clip_z is None:
         z, a = None, a.contiguous(memory_format=memory_format(z))
-    return _Update.run(
-        z, a, b, table(coefs), coef_z is not None, clip is not None,
-        None if clip is None or percentile is not None else float(clip.limit), clip_z is not None,
-        None if coef_noise is None else sample_ids.contiguous(), 0 if seed is None else as_int64(seed), step,
-        out_dtype or torch.float32,
-    )  # fmt: skip
-
-
-def table(coefs: list[Tensor | None]) -> Tensor:
-    """(rows, B) float32: one tensor for all coefficients, made by one copy; absent ones repeat one that is there."""
-    some = next(coef for coef in coefs if coef is not None)
-    return torch.stack([some if coef is None else coef for coef in coefs]).to(torch.float32)
-
-
-def have_gradient(coefs: list[Tensor | None]) -> bool:
-    return any(coef is not None and coef.requires_grad for coef in coefs)
+    limit = None if clip is None or percentile is not None else float(clip.limit)
+    flags = (coef_z is not None, clip is not None, limit, clip_z is not None)
+    ids, seed = (None, 0) if coef_noise is None else (sample_ids.contiguous(), as_int64(seed))
+    return _update(z, a, b, table(coefs), *flags, ids, seed, step, out_dtype or torch.float32)
 
 
 @operator("add_noise")
@@ -223,35 +215,28 @@ def noised(x: Tensor, coefs: Tensor, sample_ids: Tensor, seed: int, step: int) -
     """(coef_a·x + coef_noise·ε, ε), float32."""
     (x,) = aligned(x, to=x)
     out, noise = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
-    _launch_update(out, noise, None, x, None, coefs, False, False, None, False, sample_ids, seed, step)
+    images = {"out": out, "noise_out": noise, "z": None, "b": None}
+    flags = {"Z_IN_SUM": False, "CLIP": False, "STEP_ON": False}
+    _launch_update(x, coefs, **images, limit=None, sample_ids=sample_ids, **key(seed, step), **flags)
     return out, noise
 
 
-class _AddNoise(Function):
-    @staticmethod
-    def forward(*arguments):
-        return noised(*arguments)
+@operator("add_noise_backward")
+def noised_backward(grad: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of x, in its dtype: coef_a·grad."""
+    (grad,) = aligned(grad, to=grad)
+    grad_x = torch.empty_like(grad, dtype=dtype)
+    images = {"grad": grad, "grad_z": None, "grad_a": grad_x, "grad_b": None, "z": None, "a": None, "b": None}
+    flags = {"Z_IN_SUM": False, "CLIP": False, "STEP_ON": False}
+    launch(_update_backward_kernel, **tiling(grad), **images, coefs=coefs, limit=None, samples=len(grad), **flags)
+    return grad_x
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
-        ctx.save_for_backward(inputs[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or else the noise would get a gradient of zeros
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return None, None, None, None, None
-        (coefs,) = ctx.saved_tensors
-        (grad_x,) = last(
-            update_backward, grad, None, None, None, coefs, False, False, None, False, None, ctx.dtype, None
-        )
-        return grad_x, None, None, None, None
+_add_noise = differentiable(noised, noised_backward, lambda arguments, _: ((arguments[1],), (arguments[0].dtype,)))
 
 
 def add_noise(x, coef_x, coef_noise, *, seed, sample_ids, step) -> tuple[Tensor, Tensor]:
     if needs_reference(x) or have_gradient([coef_x, coef_noise]):
         return reference.add_noise(x, coef_x, coef_noise, seed=seed, sample_ids=sample_ids, step=step)
     coefs = table([None, coef_x, None, None, None, coef_noise, None])
-    return _AddNoise.run(x, coefs, sample_ids.contiguous(), as_int64(seed), step)
+    return _add_noise(x, coefs, sample_ids.contiguous(), as_int64(seed), step)

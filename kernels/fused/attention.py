@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .launch import Function, last, launch, needs_reference, operator
+from .launch import differentiable, launch, needs_reference, operator
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -52,6 +52,13 @@ def _store(base, tile, rows, stride, tokens, WIDTH: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
+def _block(tokens, SIZE: tl.constexpr):
+    """(item, block) of a program that has SIZE tokens of one head."""
+    blocks = tl.cdiv(tokens, SIZE)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
+
+
+@triton.jit
 def _dot(a, b):
     """a·b in float32; float32 inputs keep all their digits."""
     return tl.dot(a, b, input_precision="ieee")
@@ -59,13 +66,20 @@ def _dot(a, b):
 
 @triton.jit
 def _forward_kernel(
-    qkv, out, lse, tokens, heads,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    qkv,  # (B, N, 3, heads, WIDTH)
+    out,  # (B, N, heads, WIDTH)
+    lse,  # (B, heads, N) float32: log₂ Σ 2^score
+    tokens,  # N
+    heads,
+    SCALE: tl.constexpr,  # log₂e/√WIDTH
+    WIDTH: tl.constexpr,  # of a head
+    TILE: tl.constexpr,  # the width of a tile: WIDTH or more
+    ROWS: tl.constexpr,  # queries at a time
+    KEYS: tl.constexpr,  # keys at a time
+    EVEN: tl.constexpr,  # whether all tiles end with the tokens, at the latest
+):
     """One program: ROWS queries of one head against all keys."""
-    blocks = tl.cdiv(tokens, ROWS)
-    item, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    item, block = _block(tokens, ROWS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
@@ -93,9 +107,18 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_one_block_kernel(
-    grad, qkv, lse, grad_qkv, tokens, heads,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    grad,  # as out: its gradient
+    qkv,
+    lse,
+    grad_qkv,  # as qkv: to be written
+    tokens,
+    heads,
+    SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """One program: one head whole, its softmax in registers, so δ comes from P itself and each tensor is read once."""
     item = tl.program_id(0)
     channels = heads * WIDTH
@@ -122,13 +145,23 @@ def _backward_one_block_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    grad, qkv, out, lse, delta, grad_qkv, tokens, heads,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    qkv,
+    out,
+    lse,
+    delta,  # (B, heads, N) float32: to be written
+    grad_qkv,  # its third of dQ is to be written
+    tokens,
+    heads,
+    SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """One program: dQ of ROWS queries, from all keys; leaves their δ = Σ O ∘ dO behind for the other kernel."""
-    blocks = tl.cdiv(tokens, ROWS)
-    item, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    item, block = _block(tokens, ROWS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
@@ -156,13 +189,22 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    grad, qkv, lse, delta, grad_qkv, tokens, heads,
-    SCALE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    qkv,
+    lse,
+    delta,
+    grad_qkv,  # its thirds of dK and dV are to be written
+    tokens,
+    heads,
+    SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """One program: dK and dV of KEYS keys, from all queries; scores are transposed, (keys, rows)."""
-    blocks = tl.cdiv(tokens, KEYS)
-    item, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    item, block = _block(tokens, KEYS)
     channels = heads * WIDTH
     stride = 3 * channels
     base = _head(qkv, item, tokens, heads, WIDTH, 3)
@@ -249,14 +291,14 @@ def _sizes(qkv: Tensor, num_heads: int) -> tuple[int, int, int]:
     return batch, tokens, packed // (3 * num_heads)
 
 
-def _arguments(tokens: int, num_heads: int, width: int, block: Tiles) -> dict[str, object]:
-    """The arguments that all kernels share."""
-    return {
-        "tokens": tokens, "heads": num_heads, "SCALE": math.log2(math.e) / math.sqrt(width), "WIDTH": width,
-        "TILE": _tile_width(width), "ROWS": block.rows,
-        "EVEN": tokens % max(block.rows, block.keys) == 0,
-        "num_warps": block.num_warps, "num_stages": block.num_stages,
-    }  # fmt: skip
+def _launch(kernel, qkv: Tensor, num_heads: int, block: Tiles, programs: int, **given: object) -> None:
+    """Launch a kernel, `programs` of them for each head, with the arguments that all share and those that are given."""
+    batch, tokens, width = _sizes(qkv, num_heads)
+    shape = {"tokens": tokens, "heads": num_heads, "WIDTH": width, "TILE": _tile_width(width), "ROWS": block.rows}
+    even = tokens % max(block.rows, block.keys) == 0
+    given |= shape | {"SCALE": math.log2(math.e) / math.sqrt(width), "EVEN": even}
+    grid = (batch * num_heads * programs,)
+    launch(kernel, grid, qkv=qkv, **given, num_warps=block.num_warps, num_stages=block.num_stages)
 
 
 @operator("attention")
@@ -266,63 +308,44 @@ def attention_forward(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(batch, tokens, num_heads * width)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     block = tiles("forward", qkv.dtype, tokens, width)
-    launch(
-        _forward_kernel, (batch * num_heads * triton.cdiv(tokens, block.rows),), qkv=qkv.contiguous(), out=out, lse=lse,
-        KEYS=block.keys, **_arguments(tokens, num_heads, width, block),
-    )  # fmt: skip
+    programs = triton.cdiv(tokens, block.rows)
+    _launch(_forward_kernel, qkv.contiguous(), num_heads, block, programs, out=out, lse=lse, KEYS=block.keys)
     return out, lse
 
 
 @operator("attention_backward")
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
     """The gradient of qkv, (B, N, 3·C), from that of the output and what `attention_forward` returned."""
-    batch, tokens, width = _sizes(qkv, num_heads)
+    _, tokens, width = _sizes(qkv, num_heads)
     grad, qkv, out, lse = (t.contiguous() for t in (grad, qkv, out, lse))
     grad_qkv = torch.empty_like(qkv)
+    given = {"grad": grad, "lse": lse, "grad_qkv": grad_qkv}
     if one_block(qkv.dtype, tokens, width):
         block = Tiles(ONE_BLOCK, ONE_BLOCK, 8 if width > 64 else 4, 1)
-        launch(
-            _backward_one_block_kernel, (batch * num_heads,), grad=grad, qkv=qkv, lse=lse, grad_qkv=grad_qkv,
-            **_arguments(tokens, num_heads, width, block),
-        )  # fmt: skip
+        _launch(_backward_one_block_kernel, qkv, num_heads, block, 1, **given)
         return grad_qkv
-    delta = torch.empty_like(lse)
+    given["delta"] = torch.empty_like(lse)
     block = tiles("backward_q", qkv.dtype, tokens, width)
-    launch(
-        _backward_q_kernel, (batch * num_heads * triton.cdiv(tokens, block.rows),), grad=grad, qkv=qkv, out=out,
-        lse=lse, delta=delta, grad_qkv=grad_qkv, KEYS=block.keys, **_arguments(tokens, num_heads, width, block),
-    )  # fmt: skip
+    programs = triton.cdiv(tokens, block.rows)
+    _launch(_backward_q_kernel, qkv, num_heads, block, programs, **given, out=out, KEYS=block.keys)
     block = tiles("backward_kv", qkv.dtype, tokens, width)
-    launch(
-        _backward_kv_kernel, (batch * num_heads * triton.cdiv(tokens, block.keys),), grad=grad, qkv=qkv,
-        lse=lse, delta=delta, grad_qkv=grad_qkv, KEYS=block.keys, **_arguments(tokens, num_heads, width, block),
-    )  # fmt: skip
+    programs = triton.cdiv(tokens, block.keys)
+    _launch(_backward_kv_kernel, qkv, num_heads, block, programs, **given, KEYS=block.keys)
     return grad_qkv
 
 
-class _Attention(Function):
-    @staticmethod
-    def forward(*arguments):
-        return attention_forward(*arguments)
+def _saved(arguments, results):
+    qkv, num_heads = arguments
+    return (qkv, *results), (num_heads,)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        qkv, ctx.num_heads = inputs
-        ctx.save_for_backward(qkv, *output)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or else the log-sum-exp would get a gradient of zeros
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return None, None
-        return last(attention_backward, grad, *ctx.saved_tensors, ctx.num_heads), None
+_attention = differentiable(attention_forward, attention_backward, _saved)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     if needs_reference(qkv) or qkv.numel() == 0 or _sizes(qkv, num_heads)[2] > WIDTHS[-1]:
         return reference.attention(qkv, num_heads)
-    return _Attention.run(qkv, num_heads)[0]
+    return _attention(qkv, num_heads)[0]
 
 
 # Up to how many tokens these kernels are taken for faster than PyTorch's own, where nothing has been measured.

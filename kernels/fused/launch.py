@@ -1,4 +1,7 @@
-"""The one place where Triton kernels start, so that inspection and tests can see what is launched with what."""
+"""Between PyTorch and the kernels: how one is launched, and how it becomes an operator and a differentiable operation.
+
+All kernels start here, so that inspection and tests can see what is launched with what.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,9 @@ def operator(name: str) -> Callable:
     """Register a function that allocates its results and launches kernels as the operator fastdiff::name.
 
     It is its own fake implementation, since `launch` starts nothing on tensors without data. An operator has no
-    derivative and says so: a `Function` calls one forward and another backward. (`torch.library.custom_op` would do the
-    same, but costs five times as much a call, about as long as a small kernel runs.)
+    derivative and says so: `differentiable` makes an operation of one forward and another backward.
+    (`torch.library.custom_op` would do the same, but costs five times as much a call, about as long as a small kernel
+    runs.)
     """
 
     def register(function: Callable) -> Callable:
@@ -90,30 +94,64 @@ class _Last(torch.autograd.Function):
         raise RuntimeError(_refusal(ctx.name))
 
 
-def last(operator: Callable, *arguments):
+def differentiable(forward: Callable, backward: Callable, saved: Callable, inputs: int = 1) -> Callable:
+    """The operator `forward` with the operator `backward` as its gradient: a function of the same arguments.
+
+    Of what forward returns the first is differentiable, in the first `inputs` arguments; backward alone needs the rest.
+    saved(arguments, results) -> (tensors, others): what backward takes after the gradient. For one input backward
+    returns a gradient; for several it takes a bool for each besides, and returns a list of those that are needed.
+    Forward-mode derivatives there are none: `torch.func.jvp` raises.
+    """
+
+    class Operation(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments):
+            return forward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx, arguments, output):
+            results = output if isinstance(output, tuple) else (output,)
+            tensors, ctx.others = saved(arguments, results)
+            ctx.save_for_backward(*tensors)
+            if others := results[1:]:
+                ctx.mark_non_differentiable(*others)
+                ctx.set_materialize_grads(False)  # or else they would get gradients of zeros
+
+        @staticmethod
+        def backward(ctx, grad, *_):
+            needed = ctx.needs_input_grad
+            if grad is None:
+                return (None,) * len(needed)
+            if inputs == 1:
+                return _last(backward, grad, *ctx.saved_tensors, *ctx.others), *[None] * (len(needed) - 1)
+            gradients = iter(_last(backward, grad, *ctx.saved_tensors, *ctx.others, list(needed[:inputs])))
+            return tuple([next(gradients) if need else None for need in needed])
+
+    Operation.forward.__signature__ = inspect.signature(Operation.forward)  # or `apply` works it out in every call
+
+    def run(*arguments):
+        """`apply`, or the operator alone where nobody wants a derivative: `apply` takes longer than many a kernel."""
+        wanted = _gradient_wanted if torch.compiler.is_compiling() else _derivative_wanted
+        return Operation.apply(*arguments) if wanted(arguments) else forward(*arguments)
+
+    return run
+
+
+def _last(operator: Callable, *arguments):
     """Call an operator in a backward pass, as the end of all derivatives."""
     if not torch.compiler.is_compiling() and _derivative_wanted(arguments):
         return _Last.apply(operator, *arguments)
     return operator(*arguments)
 
 
-class Function(torch.autograd.Function):
-    """A differentiable operation, to be called by `run`. It has no forward-mode derivative: `torch.func.jvp` raises."""
-
-    def __init_subclass__(cls) -> None:
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # which `apply` would work out anew in every call
-
-    @classmethod
-    def run(cls, *arguments):
-        """`apply`, or `forward` alone where nobody wants a derivative: `apply` takes longer than many a kernel."""
-        if torch.compiler.is_compiling() or _derivative_wanted(arguments):
-            return cls.apply(*arguments)
-        return cls.forward(*arguments)
-
-
 def _derivative_wanted(arguments: tuple) -> bool:
+    """Whether anybody wants one, `torch.func` and forward mode included, which compilers cannot ask."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
+    return _gradient_wanted(arguments)
+
+
+def _gradient_wanted(arguments: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
@@ -148,5 +186,5 @@ def aligned(*tensors: Tensor | None, to: Tensor) -> list[Tensor | None]:
 
 
 def needs_reference(*tensors: Tensor | None) -> bool:
-    """Whether only the reference can do it: it alone has float64, and samples of 2³¹ elements and more."""
-    return any(t is not None and (t.dtype == torch.float64 or math.prod(t.shape[1:]) >= 2**31) for t in tensors)
+    """Whether only the reference can do it: it alone has float64, and samples of 2³⁰ elements and more."""
+    return any(t is not None and (t.dtype == torch.float64 or math.prod(t.shape[1:]) >= 2**30) for t in tensors)

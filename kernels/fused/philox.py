@@ -6,16 +6,13 @@ library's sine needs a stack. So interpreter and GPU compute one and the same th
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import tile_of_sample, tiling
 from .launch import launch, operator
-
-BLOCK = 1024
 
 
 @triton.jit
@@ -99,11 +96,18 @@ def normals_at(element, sample_id, seed_low, seed_high, step):
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
-def _fill_kernel(out, sample_ids, seed_low, seed_high, step, n, tiles, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    pid = tl.program_id(0)
-    sample, tile = pid // tiles, pid % tiles
+def _fill_kernel(
+    out,  # (B, n) float32
+    sample_ids,  # (B,) int64
+    seed_low,  # int32, like the next two: which stream of noise
+    seed_high,
+    step,
+    n,
+    NORMAL: tl.constexpr,  # whether normals or uniforms
+    BLOCK: tl.constexpr,
+):
+    sample, tile, _, mask, at = tile_of_sample(n, BLOCK)
     sample_id = tl.load(sample_ids + sample)
-    offsets = tile * BLOCK + tl.arange(0, BLOCK)
     if NORMAL:
         values = normals_in_order(tile * (BLOCK // 4), sample_id, seed_low, seed_high, step, BLOCK)
     else:
@@ -111,7 +115,7 @@ def _fill_kernel(out, sample_ids, seed_low, seed_high, step, n, tiles, NORMAL: t
         w0, w1, w2, w3 = sample_words(block, sample_id, seed_low, seed_high, step)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
         values = (words >> 8).to(tl.float32) * 5.9604644775390625e-08
-    tl.store(out + sample.to(tl.int64) * n + offsets, values, mask=offsets < n)
+    tl.store(out + at, values, mask=mask)
 
 
 def as_int32(word: int) -> int:
@@ -127,12 +131,8 @@ def key(seed: int, step: int) -> dict[str, int]:
 @operator("noise")
 def _noise(shape: list[int], sample_ids: Tensor, seed: int, step: int, normal: bool) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=sample_ids.device)
-    n = math.prod(shape[1:])
-    tiles = triton.cdiv(n, BLOCK)
-    launch(
-        _fill_kernel, (shape[0] * tiles,), out=out, sample_ids=sample_ids.contiguous(), **key(seed, step), n=n,
-        tiles=tiles, NORMAL=normal, BLOCK=BLOCK,
-    )  # fmt: skip
+    stream = {"sample_ids": sample_ids.contiguous()} | key(seed, step)
+    launch(_fill_kernel, **tiling(out), out=out, **stream, NORMAL=normal)
     return out
 
 

@@ -1,7 +1,11 @@
 """torch.compile traces a U-Net in one piece, on the CPU, and with the Triton operators on tensors that have no data."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
+from operations import NAMES, SHAPE, operations
 from torch._subclasses import FakeTensorMode
 
 import kernels
@@ -9,9 +13,7 @@ from fastdiff.unet import PRESETS, UNet, UNetConfig
 from kernels import backend
 from kernels.fused.launch import listen
 
-SMALL = UNetConfig(
-    (8, 8), 3, 10, channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), head_width=16
-)  # fmt: skip
+SMALL = UNetConfig((8, 8), 3, 10, channels=16, channel_mult=(1,), blocks=1, attention_resolutions=(8,), head_width=16)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,37 @@ def test_a_unet_of_triton_operators_has_no_graph_breaks():
     assert len(graphs) == 1
     assert "fastdiff.group_norm" in str(graphs[0].print_readable(print_output=False))
     assert "fastdiff.attention" in str(graphs[0].print_readable(print_output=False))
+
+
+MODES = {
+    "gradients": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["x wants a gradient", "x wants none"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_triton_operator_is_traced_with_gradients_and_without(name, mode, wanted):
+    pytest.importorskip("triton")
+    x = torch.empty(SHAPE, device="meta", requires_grad=wanted)
+    function = operations("meta")[name]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with kernels.use("triton"), MODES[mode]():
+        compiled, plain = torch.compile(function, fullgraph=True, backend=backend)(x), function(x)
+    assert (compiled.shape, compiled.dtype, compiled.stride()) == (plain.shape, plain.dtype, plain.stride())
+    assert compiled.requires_grad == plain.requires_grad == (wanted and mode in ("gradients", "autocast"))
+    assert len(graphs) == 1
+    assert f"fastdiff.{name}" in graphs[0].print_readable(print_output=False)
+    if compiled.requires_grad:
+        assert torch.autograd.grad(compiled, x, torch.empty_like(compiled))[0].shape == x.shape
 
 
 def test_fake_cuda_tensors_run_the_triton_operators():

@@ -15,11 +15,6 @@ CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 HALF = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def no_forced_backend(monkeypatch):
-    monkeypatch.delenv("FASTDIFF_KERNELS", raising=False)
-
-
 def force(patch, chunk: int = 300) -> None:
     """Chunks for every channels-last input, however small, and more than one of them."""
     usual = cpu.group_norm

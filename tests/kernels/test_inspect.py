@@ -10,6 +10,7 @@ import torch
 
 import kernels
 from fastdiff.unet import PRESETS, UNet
+from kernels.cases import ATTENTIONS, CASES, GROUP_NORMS, Case
 
 inspect = pytest.importorskip("kernels.inspect", reason="needs Triton", exc_type=ImportError)
 if inspect.INTERPRETED:
@@ -27,7 +28,7 @@ MAIN_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 @pytest.fixture(scope="module")
 def forms():
     """Every compiled form of every kernel that the cases need, not compiled yet."""
-    return inspect.builds(inspect.CASES)
+    return inspect.builds(CASES)
 
 
 @pytest.mark.parametrize("target", MAIN_TARGETS)
@@ -42,11 +43,11 @@ def test_each_kernel_keeps_its_limits(forms, target):
 
 
 def test_no_case_runs_on_the_reference(forms):
-    assert not inspect.idle_cases(inspect.CASES, forms)
+    assert not inspect.idle_cases(CASES, forms)
 
 
 def test_case_names_are_unique():
-    names = [case.name for case in inspect.CASES]
+    names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
 
 
@@ -68,8 +69,8 @@ def test_cases_cover_the_unets(preset, monkeypatch):
         unet = UNet(PRESETS[preset])
         size = PRESETS[preset].image_size
         unet(torch.empty(2, 3, *size), torch.empty(2), torch.empty(2, dtype=torch.int64))
-    assert channels == {channels for channels, *_ in inspect.GROUP_NORMS[preset][1]}
-    assert tokens <= {each[2:] for each in inspect.ATTENTIONS}
+    assert channels == {channels for channels, *_ in GROUP_NORMS[preset]}
+    assert tokens <= {each[2:] for each in ATTENTIONS}
 
 
 def test_wide_accesses_are_found_by_argument(forms):
@@ -136,7 +137,7 @@ def case_of(monkeypatch, kernel, num_warps: int = 4):
 
     monkeypatch.setattr(kernels, "deliberate", operation, raising=False)
     made = lambda batch, device: {"x": torch.empty(batch, 1024, device=device)}  # noqa: E731
-    case = inspect.Case("deliberate", "deliberate", 48, (1024,), torch.float32, made)
+    case = Case("deliberate", "deliberate", 48, (1024,), torch.float32, made)
     monkeypatch.setattr(inspect, "CASES", [case])
 
 
@@ -174,9 +175,18 @@ def test_case_without_a_kernel_exits_with_1(monkeypatch, capsys):
 
 
 GOOD = {
-    "registers": 40, "spills": 0, "stack": 0, "local": 0, "shared_kb": 40.0, "tmem": 0, "f64": False, "trap": False,
-    "half_dot": True, "mma": True, "accesses": {},
-}  # fmt: skip
+    "registers": 40,
+    "spills": 0,
+    "stack": 0,
+    "local": 0,
+    "shared_kb": 40.0,
+    "tmem": 0,
+    "f64": False,
+    "trap": False,
+    "half_dot": True,
+    "mma": True,
+    "accesses": {},
+}
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MASK = 0xFFFFFFFF
 
 
-@pytest.fixture(autouse=True)
-def no_forced_backend(monkeypatch):
-    """The tests choose the backend; on the CPU it is the reference unless someone forces another."""
-    monkeypatch.delenv("FASTDIFF_KERNELS", raising=False)
-
-
 def ids(*values):
     return torch.tensor(values, dtype=torch.int64)
 
@@ -207,9 +201,13 @@ def test_affine_update_is_the_sum_of_its_terms(dtypes, with_b, with_z):
     if with_b:
         expected += wide(coef_b) * as_float64(b)
     result = kernels.affine_update(
-        z, a, b if with_b else None,
-        coef_z=coef_z if with_z else None, coef_a=coef_a, coef_b=coef_b if with_b else None,
-    )  # fmt: skip
+        z,
+        a,
+        b if with_b else None,
+        coef_z=coef_z if with_z else None,
+        coef_a=coef_a,
+        coef_b=coef_b if with_b else None,
+    )
     double = torch.float64 in (dtypes if with_b else dtypes[:2])
     assert result.dtype == (torch.float64 if double else torch.float32)
     tolerance = 1e-14 if double else 3e-6  # half-precision inputs are exact in float32: nothing else is rounded
@@ -272,9 +270,16 @@ def test_a_clip_with_coefficients_steps_on_from_the_clipped_image(limit):
     expected = wide(step_z) * z.numpy() + wide(step_x) * image
     expected += wide(noise) * as_float64(kernels.randn(SHAPE, device="cpu", **key))
     result = kernels.affine_update(
-        z, a, b, coef_z=coef_z, coef_a=coef_a, coef_b=coef_b, clip=kernels.Clip(limit, step_z, step_x),
-        coef_noise=noise, **key,
-    )  # fmt: skip
+        z,
+        a,
+        b,
+        coef_z=coef_z,
+        coef_a=coef_a,
+        coef_b=coef_b,
+        clip=kernels.Clip(limit, step_z, step_x),
+        coef_noise=noise,
+        **key,
+    )
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
 
 
@@ -291,9 +296,17 @@ def test_noise_is_added_after_the_clip_and_comes_from_the_named_stream():
 def test_an_empty_batch_gives_an_empty_batch():
     nothing, none = torch.empty(0, 2, 4, 4), torch.empty(0)
     result = kernels.affine_update(
-        nothing, nothing, nothing, coef_z=none, coef_a=none, coef_b=none, clip=1.0, coef_noise=none, seed=0,
+        nothing,
+        nothing,
+        nothing,
+        coef_z=none,
+        coef_a=none,
+        coef_b=none,
+        clip=1.0,
+        coef_noise=none,
+        seed=0,
         sample_ids=ids(),
-    )  # fmt: skip
+    )
     assert result.shape == (0, 2, 4, 4)
     loss = kernels.affine_regression_loss(
         nothing, nothing, nothing, nothing, coef_z=none, coef_a=none, coef_b=none, weight=none
@@ -306,8 +319,11 @@ def update_arguments():
     z = torch.zeros(SHAPE)
     one = torch.ones(3)
     return {"z": z, "a": z, "b": z, "coef_z": one, "coef_a": one, "coef_b": one} | {
-        "coef_noise": one, "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0,
-    }  # fmt: skip
+        "coef_noise": one,
+        "seed": 0,
+        "sample_ids": ids(0, 1, 2),
+        "step": 0,
+    }
 
 
 def test_the_arguments_that_the_next_test_breaks_are_good():
@@ -674,28 +690,54 @@ def test_attention_names_what_is_wrong(shape, heads):
 GOOD = {
     "affine_update": update_arguments,
     "affine_regression_loss": lambda: {
-        "prediction": torch.zeros(SHAPE), "z": torch.zeros(SHAPE), "a": torch.zeros(SHAPE), "b": None,
-        "coef_z": torch.ones(3), "coef_a": torch.ones(3), "coef_b": None, "weight": torch.ones(3),
+        "prediction": torch.zeros(SHAPE),
+        "z": torch.zeros(SHAPE),
+        "a": torch.zeros(SHAPE),
+        "b": None,
+        "coef_z": torch.ones(3),
+        "coef_a": torch.ones(3),
+        "coef_b": None,
+        "weight": torch.ones(3),
     },
     "sid_generator_loss": lambda: {
-        "teacher_x": torch.zeros(SHAPE), "fake_x": torch.zeros(SHAPE), "generated_x": torch.zeros(SHAPE), "alpha": 1.0,
+        "teacher_x": torch.zeros(SHAPE),
+        "fake_x": torch.zeros(SHAPE),
+        "generated_x": torch.zeros(SHAPE),
+        "alpha": 1.0,
     },
     "add_noise": lambda: {
-        "x": torch.zeros(SHAPE), "angle": torch.ones(3), "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0,
+        "x": torch.zeros(SHAPE),
+        "angle": torch.ones(3),
+        "seed": 0,
+        "sample_ids": ids(0, 1, 2),
+        "step": 0,
     },
     "group_norm": lambda: {
-        "x": torch.zeros(3, 4, 2, 2), "num_groups": 2, "weight": torch.ones(4), "bias": torch.ones(4), "eps": 1e-5,
+        "x": torch.zeros(3, 4, 2, 2),
+        "num_groups": 2,
+        "weight": torch.ones(4),
+        "bias": torch.ones(4),
+        "eps": 1e-5,
     },
     "attention": lambda: {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
     "randn": lambda: {"shape": (3, 4), "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0, "device": "cpu"},
-}  # fmt: skip
+}
 NONSENSE = [
-    *[(name, key, value) for name, keys in {
-        "affine_update": ("z", "a", "coef_a"), "affine_regression_loss": ("prediction", "z", "a", "coef_a", "weight"),
-        "sid_generator_loss": ("teacher_x", "fake_x", "generated_x"), "add_noise": ("x", "angle", "sample_ids"),
-        "group_norm": ("x", "weight", "bias"), "attention": ("qkv",), "randn": ("sample_ids",),
-    }.items() for key in keys for value in (None, [1.0, 2.0], 1.5, torch.zeros(3, dtype=torch.complex64))
-      if (name, key) != ("randn", "sample_ids") or not isinstance(value, torch.Tensor)],
+    *[
+        (name, key, value)
+        for name, keys in {
+            "affine_update": ("z", "a", "coef_a"),
+            "affine_regression_loss": ("prediction", "z", "a", "coef_a", "weight"),
+            "sid_generator_loss": ("teacher_x", "fake_x", "generated_x"),
+            "add_noise": ("x", "angle", "sample_ids"),
+            "group_norm": ("x", "weight", "bias"),
+            "attention": ("qkv",),
+            "randn": ("sample_ids",),
+        }.items()
+        for key in keys
+        for value in (None, [1.0, 2.0], 1.5, torch.zeros(3, dtype=torch.complex64))
+        if (name, key) != ("randn", "sample_ids") or not isinstance(value, torch.Tensor)
+    ],
     *[(name, "step", value) for name in ("affine_update", "add_noise", "randn") for value in (None, 1.5, "1")],
     *[(name, "seed", value) for name in ("add_noise", "randn") for value in (None, 1.5, "1")],
     *[("affine_update", "clip", value) for value in ([1.0], "a", kernels.Clip(None))],
@@ -705,7 +747,7 @@ NONSENSE = [
     *[("group_norm", "eps", value) for value in (None, "a")],
     *[("attention", "num_heads", value) for value in (None, 2.0)],
     *[("randn", "shape", value) for value in (None, 3, (3, 1.5))],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), NONSENSE)

@@ -88,15 +88,23 @@ def attention(batch, tokens, heads, width):
 
 
 CASES = {
-    "update, one sample": update(1, 3, 32, 32), "update, one pixel": update(1, 1, 1, 1),
-    "update, clip": update(1, 3, 8, 8, clip="number"), "update, percentile": update(1, 3, 8, 8, clip="percentile"),
-    "noise": noise(1, 3, 32, 32), "noise, one pixel": noise(2, 1, 1, 1),
-    "regression": regression(1, 3, 32, 32), "regression, one pixel": regression(1, 1, 1, 1),
-    "sid": sid(1, 3, 32, 32), "sid, one pixel": sid(1, 1, 1, 1),
-    "norm": norm(1, 32, 8, 4), "norm, one group": norm(1, 32, 8, 1), "norm, one pixel": norm(1, 32, 1, 1),
+    "update, one sample": update(1, 3, 32, 32),
+    "update, one pixel": update(1, 1, 1, 1),
+    "update, clip": update(1, 3, 8, 8, clip="number"),
+    "update, percentile": update(1, 3, 8, 8, clip="percentile"),
+    "noise": noise(1, 3, 32, 32),
+    "noise, one pixel": noise(2, 1, 1, 1),
+    "regression": regression(1, 3, 32, 32),
+    "regression, one pixel": regression(1, 1, 1, 1),
+    "sid": sid(1, 3, 32, 32),
+    "sid, one pixel": sid(1, 1, 1, 1),
+    "norm": norm(1, 32, 8, 4),
+    "norm, one group": norm(1, 32, 8, 1),
+    "norm, one pixel": norm(1, 32, 1, 1),
     "norm, one channel": norm(1, 1, 1, 1),
-    "attention, one token": attention(1, 1, 1, 64), "attention, one head": attention(1, 256, 1, 64),
-}  # fmt: skip
+    "attention, one token": attention(1, 1, 1, 64),
+    "attention, one head": attention(1, 256, 1, 64),
+}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,14 @@ def draw(*shape, seed=0, dtype=torch.float32, device="cpu", channels_last=False)
     return values.contiguous(memory_format=torch.channels_last) if channels_last else values
 
 
+def images(shape, dtypes, layouts, device, seed=0):
+    """Leaves of one shape, each of its dtype, and channels-last where its layout is true."""
+    return [
+        draw(*shape, seed=seed + k, dtype=dtype, device=device, channels_last=layout).requires_grad_()
+        for k, (dtype, layout) in enumerate(zip(dtypes, layouts, strict=True))
+    ]
+
+
 def error(value, exact):
     """‖value − exact‖/‖exact‖, in float64."""
     exact = exact.double()

@@ -56,21 +56,24 @@ def updates():
     step = kernels.Clip(1.0, coef, coef)
     row("update: guidance", lambda: kernels.affine_update(z, a, b, **three), (z, a, b), 12 * n, 12 * n)
     row("update: guidance, clip", lambda: kernels.affine_update(z, a, b, clip=step, **three), (z, a, b), 12 * n, 20 * n)
-    row("update: … and noise, which is not read",
-        lambda: kernels.affine_update(z, a, b, clip=step, coef_noise=coef, **three, **key), (), 12 * n)  # fmt: skip
+    row(
+        "update: … and noise, which is not read",
+        lambda: kernels.affine_update(z, a, b, clip=step, coef_noise=coef, **three, **key),
+        (),
+        12 * n,
+    )
     row("forward noising, noise kept", lambda: kernels.add_noise(z, coef, **key)[0], (z,), 12 * n, 8 * n)
 
 
 def losses():
     p, z, a, b = (image(2, 3, 64, 64, dtype=d, seed=s) for s, d in enumerate((HALF, torch.float32, HALF, HALF)))
     coef, n = torch.ones(2), p.numel()
-    loss = lambda z, b: lambda: kernels.affine_regression_loss(  # noqa: E731
-        p, a if z is None else z, a, b, coef_z=None if z is None else coef, coef_a=coef,
-        coef_b=None if b is None else coef, weight=coef,
-    )  # fmt: skip
-    row("loss of stage 2, residual kept", loss(z, b), (p,), 12 * n, 4 * n)
-    row("loss of stage 1, residual kept", loss(None, b), (p,), 8 * n, 4 * n)
-    row("loss of stage 2, evaluated only", loss(z, b), (), 10 * n)
+    three = {"coef_z": coef, "coef_a": coef, "coef_b": coef, "weight": coef}
+    stage2 = partial(kernels.affine_regression_loss, p, z, a, b, **three)
+    stage1 = partial(kernels.affine_regression_loss, p, a, a, b, **three | {"coef_z": None})
+    row("loss of stage 2, residual kept", stage2, (p,), 12 * n, 4 * n)
+    row("loss of stage 1, residual kept", stage1, (p,), 8 * n, 4 * n)
+    row("loss of stage 2, evaluated only", stage2, (), 10 * n)
     x, y, g = (image(2, 3, 64, 64, dtype=torch.float32, seed=s) for s in range(3))
     row("SiD's generator loss", lambda: kernels.sid_generator_loss(x, y, g, 1.2), (x, y, g), 12 * n, 24 * n)
 
@@ -89,10 +92,12 @@ def norms():
         with few_programs():
             row(
                 f"group norm, scale, shift, SiLU {channels}@{side}, {path} (images alone)",
-                partial(kernels.group_norm, x, 32, weight, bias, **options), (x, weight, bias, scale, shift),
-                4 * x.numel() + small + statistics, 6 * x.numel() + 2 * small + statistics,
+                partial(kernels.group_norm, x, 32, weight, bias, **options),
+                (x, weight, bias, scale, shift),
+                4 * x.numel() + small + statistics,
+                6 * x.numel() + 2 * small + statistics,
                 images=dict.fromkeys(("x", "y", "dx", "dy"), 2 * x.numel()),
-            )  # fmt: skip
+            )
 
 
 class few_programs:

@@ -44,15 +44,13 @@ def eager(qkv, heads):
     return (weights @ v).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
-def assert_right(qkv, heads, direction, *, large_scores=False):
-    """Values and gradients: float32 to 1e-5, half precision to 1.5 times the error of eager PyTorch."""
+def assert_right(qkv, heads, direction, *, in_float32=1e-5):
+    """Values and gradients: float32 to `in_float32`, half precision to 1.5 times the error of eager PyTorch."""
     ours, theirs, truth = (f(qkv, heads, direction) for f in (ours_both, eager_both, exact))
     for mine, other, true in zip(ours, theirs, truth, strict=True):
         assert mine.dtype == qkv.dtype
         assert mine.shape == true.shape
-        allowed = 1.5 * error(other.cpu(), true)
-        if qkv.dtype == torch.float32 and not large_scores:  # whose own rounding, 200·2⁻²⁴, is more than 1e-5
-            allowed = 1e-5
+        allowed = in_float32 if qkv.dtype == torch.float32 else 1.5 * error(other.cpu(), true)
         assert error(mine.cpu(), true) <= allowed
 
 
@@ -66,9 +64,14 @@ def eager_both(qkv, heads, direction):
 
 @FEW
 @given(
-    batch=st.integers(1, 2), tokens=st.one_of(st.integers(1, 140), st.sampled_from([64, 128])), heads=st.integers(1, 3),
-    width=WIDTHS, dtype=st.sampled_from(DTYPES), scale=st.sampled_from([0.0, 1.0, 5.0]), seed=st.integers(0, 99),
-)  # fmt: skip
+    batch=st.integers(1, 2),
+    tokens=st.one_of(st.integers(1, 140), st.sampled_from([64, 128])),
+    heads=st.integers(1, 3),
+    width=WIDTHS,
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([0.0, 1.0, 5.0]),
+    seed=st.integers(0, 99),
+)
 def test_values_and_gradients(device, batch, tokens, heads, width, dtype, scale, seed):
     qkv, direction = case(batch, tokens, heads, width, dtype, device, scale=scale, seed=seed)
     assert_right(qkv, heads, direction)
@@ -77,8 +80,9 @@ def test_values_and_gradients(device, batch, tokens, heads, width, dtype, scale,
 @pytest.mark.parametrize(("tokens", "width"), [(64, 64), (49, 24), (100, 64), (256, 32)])
 def test_float32_agrees_with_the_reference(device, tokens, width):
     qkv, direction = case(2, tokens, 2, width, torch.float32, device)
-    for mine, theirs in zip(both(kernels.attention, qkv, 2, direction), both(reference.attention, qkv, 2, direction),
-                            strict=True):  # fmt: skip
+    for mine, theirs in zip(
+        both(kernels.attention, qkv, 2, direction), both(reference.attention, qkv, 2, direction), strict=True
+    ):
         assert error(mine, theirs) < 1e-5
 
 
@@ -98,6 +102,24 @@ def test_1024_tokens(device):
     assert module.tiles("backward_kv", torch.bfloat16, 1024, 64)[:2] == (64, 64)
 
 
+def rounding_of_large_scores(product, width):
+    """The relative error of a softmax in float32 whose scores are each a sum of `width` products of about `product`.
+
+    A sum near s is rounded to a multiple of ulp(s) = 2^(⌊log₂ s⌋ − 23), and is off by ulp(s)/√12 in the root mean
+    square. A GPU adds the products one after another, so that each partial sum k·product is rounded: for 64 products of
+    25 far more than the score is itself, once log₂e/√width has made an exponent of 2 of it. Subtracting the largest
+    score is exact, since all are near it; so an error of the exponent is one of P, times ln 2. Backward the saved
+    log-sum-exp, which is as large, adds its rounding. exp2 (2 ulp, 2e-7) and the sums with P count for nothing here.
+    """
+
+    def variance(s):
+        return 4.0 ** (math.floor(math.log2(s)) - 23) / 12
+
+    scale = math.log2(math.e) / math.sqrt(width)
+    sums = scale**2 * sum(variance(k * product) for k in range(1, width + 1))
+    return math.log(2) * math.sqrt(sums + 2 * variance(scale * width * product))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [33, 64, 100])
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -107,7 +129,8 @@ def test_logits_past_the_range_of_exp(device, dtype, tokens, sign):
     large = qkv.detach().clone()
     large[..., :64] = 5 + 0.01 * large[..., :64]
     large[..., 64:128] = sign * (5 + 0.01 * large[..., 64:128])
-    assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype), large_scores=True)
+    allowed = 1.5 * rounding_of_large_scores(25, 64)  # the mean square is one of few scores that resemble each other
+    assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype), in_float32=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,25 +251,6 @@ def test_compiles_without_a_break(device, dynamic):
         qkv, _ = case(1, tokens, 2, 32, torch.float32, device)
         ours, theirs = (torch.autograd.grad(f(qkv), qkv)[0] for f in (compiled, loss))
         assert error(ours, theirs) < 1e-6
-
-
-def test_function_transforms(device):
-    qkv, direction = case(1, 20, 1, 16, torch.float32, device)
-
-    def inner(qkv):
-        return (kernels.attention(qkv, 1) * direction).sum()
-
-    qkv = qkv.detach()
-    assert error(torch.func.grad(inner)(qkv), both(reference.attention, qkv.requires_grad_(), 1, direction)[1]) < 1e-5
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(inner, (qkv.detach(),), (qkv.detach(),))
-
-
-def test_second_derivatives_are_refused(device):
-    qkv, _ = case(1, 20, 1, 16, torch.float32, device)
-    (grad,) = torch.autograd.grad(kernels.attention(qkv, 1).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"attention.*second derivative"):
-        torch.autograd.grad(grad.sum(), qkv)
 
 
 def test_the_table_of_measurements(tmp_path, monkeypatch):

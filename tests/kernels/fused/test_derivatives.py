@@ -1,74 +1,82 @@
-"""Every operation under `torch.func`: the gradient is the reference's, and what there is not raises."""
+"""What every operation does alike: under `torch.func`, compiled, in autocast, and without gradients."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import draw, error, on_reference
+from operations import NAMES, SHAPE, operations
 
 import kernels
 
-ONE = torch.ones(2)
-IMAGE = draw(2, 8, 4, 4, seed=1)
-KEY = {"seed": 1, "sample_ids": torch.arange(2), "step": 2}
-OPERATIONS = {
-    "affine_update": lambda x: kernels.affine_update(x, IMAGE, coef_z=ONE, coef_a=ONE, clip=0.5),
-    "add_noise": lambda x: kernels.add_noise(x, ONE, **KEY)[0],
-    "affine_regression_loss": lambda x: kernels.affine_regression_loss(
-        x, IMAGE, IMAGE.cos(), None, coef_z=ONE, coef_a=ONE, coef_b=None, weight=ONE
-    ),
-    "sid_generator_loss": lambda x: kernels.sid_generator_loss(x, IMAGE, IMAGE.cos(), 1.2),
-    "group_norm": lambda x: kernels.group_norm(x, 2, torch.ones(8), torch.ones(8), silu=True),
-    "attention": lambda x: kernels.attention(x.reshape(2, 4, 32)[..., :24], 1),
-}
-X = draw(2, 8, 4, 4, seed=2)
-pytestmark = pytest.mark.interpreter  # on CPU tensors
+
+@pytest.fixture
+def x(device):
+    return draw(*SHAPE, seed=2, device=device)
 
 
-def total(name):
-    return lambda x: OPERATIONS[name](x).square().sum()
+def total(name, device):
+    return lambda x: operations(device)[name](x).square().sum()
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_the_functional_gradient_is_the_references(name):
-    ours = torch.func.grad(total(name))(X)
-    assert error(ours, on_reference(torch.func.grad(total(name)), X)) < 1e-5
+@pytest.mark.parametrize("name", NAMES)
+def test_the_functional_gradient_is_the_references(device, x, name):
+    gradient = torch.func.grad(total(name, device))
+    assert error(gradient(x), on_reference(gradient, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_forward_mode_raises(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_raises(device, x, name):
     with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-        torch.func.jvp(total(name), (X,), (X,))
+        torch.func.jvp(total(name, device), (x,), (x,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-        total(name)(torch.autograd.forward_ad.make_dual(X, X))
+        total(name, device)(torch.autograd.forward_ad.make_dual(x, x))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_second_derivatives_raise_and_name_the_operation(name):
-    x = X.clone().requires_grad_()
-    (first,) = torch.autograd.grad(total(name)(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(first.sum(), x)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.func.grad(lambda x: torch.func.grad(total(name))(x).sum())(X)
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_raise_and_name_the_operation(device, x, name):
+    refusal = f"{name}_backward: no second derivative"
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(total(name, device)(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.autograd.grad(first.sum(), leaf)
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.func.grad(lambda x: torch.func.grad(total(name, device))(x).sum())(x)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_results_that_nobody_differentiates_need_no_graph(name):
-    assert not OPERATIONS[name](X).requires_grad
+@pytest.mark.parametrize("name", NAMES)
+def test_results_that_nobody_differentiates_need_no_graph(device, x, name):
+    assert not operations(device)[name](x).requires_grad
     with torch.no_grad():
-        assert not OPERATIONS[name](X.clone().requires_grad_()).requires_grad
+        assert not operations(device)[name](x.clone().requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "attention"])
-def test_autocast_changes_nothing_but_attention(name):
-    plain = OPERATIONS[name](X)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(OPERATIONS[name](X), plain)
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_it_gives_the_same(device, x, name, mode):
+    torch.compiler.reset()
+    operation = operations(device)[name]
+    x.requires_grad_()
+    with mode():
+        ours, plain = (f(x) for f in (torch.compile(operation, fullgraph=True, backend="aot_eager"), operation))
+    assert torch.equal(ours, plain)
+    assert ours.requires_grad == plain.requires_grad == (mode is nullcontext)
+    if ours.requires_grad:
+        first, second = (torch.autograd.grad(out.square().sum(), x)[0] for out in (ours, plain))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "attention"])
+def test_autocast_changes_nothing_but_attention(device, x, name):
+    plain = operations(device)[name](x)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(operations(device)[name](x), plain)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_autocast_gives_attention_its_dtype(backend):
-    qkv = draw(2, 4, 24)
-    with kernels.use(backend), torch.autocast("cpu", torch.bfloat16):
+def test_autocast_gives_attention_its_dtype(device, backend):
+    qkv = draw(2, 4, 24, device=device)
+    with kernels.use(backend), torch.autocast(device, torch.bfloat16):
         ours = kernels.attention(qkv, 1)
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, kernels.attention(qkv.bfloat16(), 1))

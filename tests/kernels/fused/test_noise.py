@@ -12,7 +12,6 @@ from scipy import stats
 from traffic import traffic
 
 import kernels
-from kernels.fused import philox
 from kernels.fused.launch import INTERPRETED
 
 WORDS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1]))
@@ -42,7 +41,7 @@ def draw_million(device):
     """(16, 62500) normals of a seed and a step, in few programs: the interpreter takes its time for each."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr(philox, "BLOCK", 1 << 16)
+            patch.setattr("kernels.fused.common.BLOCK", 1 << 16)
 
         def normals(**key):
             with kernels.use("triton"):

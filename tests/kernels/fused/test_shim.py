@@ -47,9 +47,9 @@ def bare_interpreter():
 
 
 A, B = (draw(16, 16, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
-VALUES = torch.cat([
-    draw(500) * 10.0 ** torch.arange(-5, 5).repeat(50), torch.tensor([0.0, -0.0, 1e-40, torch.inf, -torch.inf, 65504])
-])  # fmt: skip
+VALUES = torch.cat(
+    [draw(500) * 10.0 ** torch.arange(-5, 5).repeat(50), torch.tensor([0.0, -0.0, 1e-40, torch.inf, -torch.inf, 65504])]
+)
 
 
 def test_the_shim_makes_dot_and_rounding_right():
