@@ -18,8 +18,11 @@ import torch
 from fastdiff import checkpoint, data, memory
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.losses import regression
+from fastdiff.run import Run
 from fastdiff.unet import PRESETS
 from train import loop, sid, teacher
+from train.batches import ImageBatches
+from train.updater import Updater, update_alone
 
 MOST = {"teacher": 1.03, "sid": 1.1, "save": 1.02}
 TRIALS = 30
@@ -62,8 +65,8 @@ def teacher_update(denoiser: Denoiser, device: torch.device):
     """(an update of the loop; the same network's passes and optimizer step alone)."""
     options = teacher.Options(out=Path("unused"), batch_size=BATCH, device=str(device), ema=0.999)
     loss = partial(regression.teacher, label_drop=0.1)
-    updater = loop.Updater(options, copy.deepcopy(denoiser), lambda model, batch: loss(model, batch))
-    batches = loop.ImageBatches(data.load("digits"), options, 0, device)
+    updater = Updater(options, copy.deepcopy(denoiser), lambda model, batch: loss(model, batch))
+    batches = ImageBatches(data.load("digits"), options, 0, device)
     bare = copy.deepcopy(denoiser).train()
     optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3, fused=True)
     z = torch.randn(BATCH, *bare.image_shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -74,7 +77,7 @@ def teacher_update(denoiser: Denoiser, device: torch.device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return lambda: loop.update_alone(updater, [updater], next(batches)), alone
+    return lambda: update_alone(updater, [updater], next(batches)), alone
 
 
 def sid_iteration(denoiser: Denoiser, device: torch.device):
@@ -84,7 +87,7 @@ def sid_iteration(denoiser: Denoiser, device: torch.device):
 
     def iteration() -> None:
         for updater in updaters:
-            loop.update_alone(updater, updaters, next(batches))
+            update_alone(updater, updaters, next(batches))
 
     return iteration, sid_passes(copy.deepcopy(denoiser).requires_grad_(False), device)
 
@@ -110,17 +113,17 @@ def save_ratio(denoiser: Denoiser, device: torch.device) -> float:
     """
     with tempfile.TemporaryDirectory() as folder, checkpoint.Writer() as writer:
         options = teacher.Options(out=Path(folder), batch_size=BATCH, device=str(device), ema=0.999)
-        updater = loop.Updater(options, copy.deepcopy(denoiser), partial(regression.teacher, label_drop=0.1))
-        batches = loop.ImageBatches(data.load("digits"), options, 0, device)
+        updater = Updater(options, copy.deepcopy(denoiser), partial(regression.teacher, label_drop=0.1))
+        batches = ImageBatches(data.load("digits"), options, 0, device)
         times = {True: [], False: []}
         for trial in range(2 * SAVES + 2):
             saving = trial % 2 == 0
             _wait(device)
             start = time.perf_counter()
             if saving:
-                loop.save([updater], batches, options, "teacher", None, writer)
+                loop.save([updater], batches, Run(options.out), "teacher", None, writer)
             for _ in range(UPDATES_AFTER):
-                loop.update_alone(updater, [updater], next(batches))
+                update_alone(updater, [updater], next(batches))
             writer.finish()
             _wait(device)
             times[saving].append(time.perf_counter() - start)

@@ -14,7 +14,9 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import PRESETS
-from train import loop, stage1
+from train import stage1
+from train.options import LoopOptions
+from train.updater import Updater
 
 BATCH = 64
 
@@ -51,8 +53,8 @@ def test_update(benchmark, models, name):
     config = replace(DenoiserConfig(PRESETS["digits"]), kind=name)
     if name != "teacher":
         config = models["student"].config
-    options = loop.LoopOptions(out=Path("unused"), batch_size=BATCH)
-    updater = loop.Updater(options, Denoiser(config), losses[name])
+    options = LoopOptions(out=Path("unused"), batch_size=BATCH)
+    updater = Updater(options, Denoiser(config), losses[name])
     x = torch.randn(BATCH, 1, 8, 8).contiguous(memory_format=torch.channels_last)
     batch = Batch(x, torch.arange(BATCH) % 10, torch.arange(BATCH), seed=0)
     benchmark(updater.update, batch)

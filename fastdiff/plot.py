@@ -11,12 +11,15 @@ import tyro
 
 from fastdiff import checks, cli, figures
 from fastdiff.errors import UserError
-from fastdiff.status import read_config, read_log
+from fastdiff.run import Run
 
 CURVES = {
-    "loss": "loss", "fake_loss": "loss of the fake score", "grad_norm": "gradient norm", "lr": "learning rate",
+    "loss": "loss",
+    "fake_loss": "loss of the fake score",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
     "fd": "Fréchet distance",
-}  # fmt: skip
+}
 QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
 
 Points = list[tuple[float, float]]
@@ -50,14 +53,14 @@ def curves(runs: tuple[Path, ...]) -> list[Panels]:
     whole: Panels = {title: {} for title in CURVES.values()}
     quarters: Panels = {f"loss, {name} of the noise levels": {} for name in QUARTERS}
     for run in runs:
-        read_config(run)
-        rows = read_log(run / "metrics.jsonl")
+        folder = Run(run)
+        folder.config()
+        rows, scores = folder.metrics.rows(), folder.scores.rows()
         if not rows:
             raise UserError(f"{run} has logged nothing yet: leave it out, or wait for its first --log-every updates")
         start = _starts(rows)
         for key, title in CURVES.items():
-            logged = read_log(run / "scores.jsonl") if key == "fd" else rows
-            whole[title][str(run)] = _points(logged, start, lambda row, key=key: row[key])
+            whole[title][str(run)] = _points(scores if key == "fd" else rows, start, lambda row, key=key: row[key])
         for n, title in enumerate(quarters):
             quarters[title][str(run)] = _points(rows, start, lambda row, n=n: row["loss_quarters"][n])
     return [row for row in (_filled(whole), _filled(quarters)) if row]

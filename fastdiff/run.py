@@ -12,6 +12,7 @@ tensorboard/    the same numbers, for those who have it installed
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.metrics, self.scores = Log(folder / "metrics.jsonl"), Log(folder / "scores.jsonl")
-        self.best, self.tensorboard = folder / "best", folder / "tensorboard"
+        self.best = folder / "best"
 
     @property
     def _config(self) -> Path:
@@ -105,14 +106,11 @@ class Run:
 
     def _check_same(self, before: dict, now: dict, lasting: Callable[[dict], dict]) -> None:
         old, new = lasting(before["options"]), lasting(now["options"])
-        shown = [
-            kept | {key: config["options"].get(key, kept.get(key)) for key in kept}
-            for kept, config in ((old, before), (new, now))
-        ]
+        said, says = old | before["options"], new | now["options"]
         changed = [
-            f"--{key.replace('_', '-')} was {shown[0].get(key)}, is {shown[1].get(key)}"
+            f"--{key.replace('_', '-')} was {said.get(key)}, is {says.get(key)}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and said.get(key) != says.get(key)
         ]
         if before.get("data_fingerprint") != now["data_fingerprint"]:
             changed.append("the data set is another one")
@@ -122,6 +120,11 @@ class Run:
     def settled_precision(self, device: str) -> str:
         """What the run computes with, as far as it is known; "auto" if not, and where there is no run yet."""
         return precision_of(self.config(), device) if self._config.is_file() else "auto"
+
+    def keep_precision(self, precision: str) -> None:
+        """For the run to go on with, if it has begun."""
+        if self._config.is_file():
+            self.write_config(self.config() | {"precision": precision})
 
     # --- Checkpoints ---
 
@@ -173,6 +176,10 @@ class Run:
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             return Saved(rounds, damage=str(error))
 
+    def tensorboard_writer(self):
+        """Where the logs' numbers go too; None where TensorBoard is not installed."""
+        return _tensorboard(self.folder / "tensorboard")
+
     def last_sign_of_life(self) -> float:
         """When anything was last written, in seconds since 1970."""
         times = []
@@ -203,6 +210,15 @@ def runs_in(folder: Path) -> list[Run]:
     here = (folder / "config.json").exists()
     inside = [] if here else sorted(path.parent for path in folder.glob("*/config.json"))
     return [Run(path) for path in inside or [folder]]
+
+
+@functools.cache
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
 
 
 def precision_of(config: dict, device: str) -> str:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from fastdiff import checkpoint, cli
+from fastdiff import cli
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
-from train import rounds
+from fastdiff.losses.batch import Batch
+from train import begin, rounds
 from train.rounds import PRESETS
 
 MAX_GAIN = 100  # x̂ rounded to 8 bits is 0.002 off; that much more is a fifth of the noise's standard deviation
@@ -23,21 +25,25 @@ class Options(rounds.Options):
     """A run of train.stage1, or a checkpoint of this recipe."""
 
 
-def main(options: Options) -> None:
-    """Distil an encoder: each round's student does in one step up what its teacher does in two."""
-    train(options)
-
-
 def train(options: Options) -> Denoiser | None:
-    """Run or continue the rounds that are not finished; returns the last encoder. Raises UserError."""
-    rounds.check(options)
-    teacher = checkpoint.load(options.teacher, device=options.device)
-    if teacher.config.kind not in ("stage1", "encoder") and (teacher.num_classes or teacher.config.kind != "teacher"):
-        raise UserError(
-            f"{options.teacher} is a model of kind {teacher.config.kind}: an encoder is distilled from a run of "
-            "train.stage1, or from an encoder with more steps"
-        )
-    rounds.check_steps(teacher, options)
+    """Distil an encoder: each round's student does in one step up what its teacher does in two.
+
+    Runs or continues the rounds that are not finished; returns the last encoder. Raises UserError.
+    """
+    return begin.train(RECIPE, options)
+
+
+def loss(options: Options, teacher: Denoiser) -> rounds.RoundLoss:
+    limits = teacher.config.guidance_range
+
+    def of_round(student: Denoiser, batch: Batch, *, teacher: Denoiser, steps: int) -> Tensor:
+        return regression.encoder(student, teacher, batch, steps=steps, guidance_range=limits, weight=options.weight)
+
+    return of_round
+
+
+def check(options: Options, teacher: Denoiser) -> None:
+    """Raises UserError for a network whose errors one step up would multiply by more than MAX_GAIN."""
     gain = error_gain(teacher, options.end_steps)
     if gain > MAX_GAIN:
         raise UserError(
@@ -45,12 +51,6 @@ def train(options: Options) -> Denoiser | None:
             f"{options.end_steps} steps from image to noise multiplies the network's error by {gain:.0f}: "
             "distil a model that predicts v (train.teacher --parameterization v)"
         )
-    limits = teacher.config.guidance_range
-
-    def loss(student, teacher, batch, steps):
-        return regression.encoder(student, teacher, batch, steps=steps, guidance_range=limits, weight=options.weight)
-
-    return rounds.run(options, teacher, loss, kind="encoder", sampler="encode")
 
 
 def error_gain(denoiser: Denoiser, steps: int) -> float:
@@ -60,5 +60,7 @@ def error_gain(denoiser: Denoiser, steps: int) -> float:
     return float((torch.sin(angle.diff()) * coef_f).abs().max())
 
 
+RECIPE = rounds.recipe("encoder", loss, sampler=lambda options: "encode", check=check)
+
 if __name__ == "__main__":
-    cli.run(main, Options, PRESETS)
+    cli.run(train, Options, PRESETS)

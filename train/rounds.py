@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, require_fit
+from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
-from fastdiff.losses.batch import Batch
-from train import loop
+from fastdiff.run import Run
+from train import begin, loop
+from train.options import LoopOptions
 
-RoundLoss = Callable[[Denoiser, Denoiser, Batch, int], Tensor]  # (student, teacher, batch, steps) -> (B,)
+RoundLoss = Callable[..., Tensor]  # (student, batch, *, teacher, steps) -> (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(loop.LoopOptions):
+class Options(LoopOptions):
     teacher: Path
     start_steps: int = 64
     """The teacher's sampling steps; the first student takes half as many."""
@@ -36,70 +38,107 @@ class Options(loop.LoopOptions):
     """A round's student starts as a copy that is nearly right: with 1e-3, the first updates spoil what it knows."""
     warmup: int = 20
 
+    def check(self) -> None:
+        super().check()
+        if self.last_updates is not None and self.last_updates <= 0:
+            raise UserError(f"--last-updates must be positive, got {self.last_updates}")
+        student_steps(self.start_steps, self.end_steps)
+
 
 PRESETS = {
     "digits": {},
     "fashion-mnist": {"data": "fashion-mnist", "start_steps": 256, "updates": 4000},
     "cifar10": {
         "batch_size": 128,
-        "data": "cifar10", "flip": True, "start_steps": 1024, "updates": 50_000, "last_updates": 100_000, "lr": 1e-4,
-        "dropout": 0.0, "precision": "bf16", "save_every": 10_000,
+        "data": "cifar10",
+        "flip": True,
+        "start_steps": 1024,
+        "updates": 50_000,
+        "last_updates": 100_000,
+        "lr": 1e-4,
+        "dropout": 0.0,
+        "precision": "bf16",
+        "save_every": 10_000,
     },
     "imagenet64": {
-        "data": "data/imagenet64", "flip": True, "start_steps": 1024, "updates": 50_000, "last_updates": 100_000,
-        "batch_size": 256, "lr": 1e-4, "dropout": 0.0, "precision": "bf16", "save_every": 10_000,
+        "data": "data/imagenet64",
+        "flip": True,
+        "start_steps": 1024,
+        "updates": 50_000,
+        "last_updates": 100_000,
+        "batch_size": 256,
+        "lr": 1e-4,
+        "dropout": 0.0,
+        "precision": "bf16",
+        "save_every": 10_000,
     },
-}  # fmt: skip
+}
 
 
-def run(
-    options: Options, teacher: Denoiser, loss: RoundLoss, *, kind: str, sampler: str = "ddim", rows: int = 1
-) -> Denoiser | None:  # fmt: skip
-    """Run or continue the rounds that are not finished; returns the last student, None for a dry run.
+def recipe(
+    name: str,
+    loss: Callable[[Options, Denoiser], RoundLoss],
+    *,
+    sampler: Callable[[Options], str] = lambda options: "ddim",
+    check: Callable[[Options, Denoiser], None] = lambda options, teacher: None,
+    rows: int = 1,
+) -> begin.Recipe:
+    """A recipe whose students halve the steps of their teacher, round by round.
 
-    kind, sampler: what the students' checkpoints say of themselves. rows: as for `loop.print_plan`. Raises UserError.
+    loss: (options, the first teacher) -> that of every round. sampler: what the students are trained for. check: what
+    the recipe asks of its teacher beyond its kind and its steps. rows: see `begin.Recipe`.
     """
-    rounds = check(options)
-    dataset = data.load(options.data, "train")
-    require_fit(teacher, dataset, options.teacher)
-    loop.check_batch(options, dataset)
-    if options.dry_run:
-        plan = [f"round        {2 * n} -> {n} steps: {round_updates(options, n)} updates" for n in rounds]
-        loop.print_plan(teacher.config, options, plan, teacher=teacher, rows=rows)
-        return None
-    loop.prepare(options, dataset)
-    for steps in rounds:
-        finished = options.out / f"steps-{steps}"
-        if (finished / "model.json").is_file():
-            teacher = checkpoint.load(finished, device=options.device)
+
+    def check_teacher(options: Options, teacher: Denoiser) -> None:
+        check_steps(teacher, options)
+        check(options, teacher)
+
+    def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
+        of_round = loss(options, teacher)
+        return _run(options, teacher, of_round, dataset, kind=name, sampler=sampler(options))
+
+    return begin.Recipe(
+        name,
+        PRESETS,
+        lambda options, teacher, dataset: teacher.config,
+        learn,
+        check=check_teacher,
+        rounds=plan,
+        rows=rows,
+    )
+
+
+def _run(
+    options: Options, teacher: Denoiser, loss: RoundLoss, dataset: data.Dataset, *, kind: str, sampler: str
+) -> Denoiser:
+    """Run the rounds that are not finished; returns the last student."""
+    folder = Run(options.out)
+    for steps in student_steps(options.start_steps, options.end_steps):
+        if (folder.round(steps) / "model.json").is_file():
+            teacher = checkpoint.load(folder.round(steps), device=options.device)
             continue
         torch.manual_seed(options.seed)
         student = copy.deepcopy(teacher)
         student.config = replace(teacher.config, kind=kind, sampler=sampler, steps=steps)
         if updates := round_updates(options, steps):
-            loop.freeze(teacher, options)
-            student = loop.fit(
-                student, lambda model, batch, teacher=teacher, steps=steps: loss(model, teacher, batch, steps), dataset,
-                replace(options, updates=updates), name=f"steps-{steps}",
-            )  # fmt: skip
-        distributed.first(lambda folder=finished, student=student: finish(folder, student))
+            begin.freeze(teacher, options)
+            of_steps = partial(loss, teacher=teacher, steps=steps)
+            of_round = replace(options, updates=updates)
+            student = loop.fit(student, of_steps, dataset, of_round, name=round_name(steps))
+        distributed.first(partial(folder.finish_round, steps, student))
         teacher = student
-    distributed.first(lambda: loop.remove_resumable(options.out))  # if a kill has left them
+    distributed.first(folder.remove_resumable)  # if a kill has left them
     return teacher
 
 
-def finish(folder: Path, student: Denoiser) -> None:
-    """Keep a round's student; its resumable checkpoints are of no more use."""
-    checkpoint.save(folder, student)
-    loop.remove_resumable(folder.parent)
+def plan(options: Options) -> dict[str, int]:
+    """The updates of each round, by its name."""
+    rounds = student_steps(options.start_steps, options.end_steps)
+    return {round_name(steps): round_updates(options, steps) for steps in rounds}
 
 
-def check(options: Options) -> list[int]:
-    """The steps of each round's student. Raises UserError for options that make no sense."""
-    options.check()
-    if options.last_updates is not None and options.last_updates <= 0:
-        raise UserError(f"--last-updates must be positive, got {options.last_updates}")
-    return student_steps(options.start_steps, options.end_steps)
+def round_name(steps: int) -> str:
+    return f"{checkpoint.ROUND_PREFIX}{steps}"
 
 
 def check_steps(teacher: Denoiser, options: Options) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from fastdiff import checkpoint, cli, data, distributed, metrics, streams
-from fastdiff.denoiser import Denoiser, DenoiserConfig, require_fit, with_guidance
+from fastdiff import cli, data, distributed, metrics, streams
+from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
 from fastdiff.generate import Sampling, generate
@@ -22,7 +22,10 @@ from fastdiff.losses import sid
 from fastdiff.losses.batch import Batch
 from fastdiff.samplers import SIGMA_INIT
 from fastdiff.schedule import KarrasSchedule
-from train import loop
+from train import begin, loop
+from train.batches import Batches, run_seed
+from train.options import LoopOptions
+from train.updater import Updater, new_updater
 
 DROPPED = 0.01  # the share of samples whose loss may be not finite
 COLLAPSED, REPEATED = (
@@ -32,7 +35,7 @@ COLLAPSED, REPEATED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(loop.LoopOptions):
+class Options(LoopOptions):
     teacher: Path
     """A run of train.teacher, or of train.stage1 for a generator that takes w."""
     data: str | None = None
@@ -71,94 +74,101 @@ class Options(loop.LoopOptions):
     ema: float = 0.999
     dropout: float | None = 0.0
 
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.alpha <= 2:
+            raise UserError(f"--alpha must be in (0, 2], got {self.alpha:g}; 1.2 and 1 are the published ones")
+        if not 0 < self.t_max <= 1000:
+            raise UserError(f"--t-max must be in (0, 1000], got {self.t_max:g}")
+        if not 0 <= self.guidance_t_max <= 1000:
+            raise UserError(f"--guidance-t-max must be in [0, 1000], got {self.guidance_t_max:g}")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise UserError(
+                f"--sigma-min {self.sigma_min:g} --sigma-max {self.sigma_max:g}: need 0 < the first < the second"
+            )
+        if not 0 < self.sigma_init < math.inf:
+            raise UserError(f"--sigma-init must be a positive number, got {self.sigma_init:g}")
+        if self.fake_lr is not None and not 0 < self.fake_lr < math.inf:
+            raise UserError(f"--fake-lr must be positive, got {self.fake_lr:g}")
+        if self.flip:
+            raise UserError("--flip: SiD reads no image that could be flipped; leave it out")
+        if self.score_num < 2:
+            raise UserError(f"--score-num {self.score_num}: a score needs at least 2 images")
+        frequencies = self.class_frequencies
+        if frequencies and not (all(0 <= f < math.inf for f in frequencies) and sum(frequencies) > 0):
+            raise UserError("--class-frequencies must be numbers ≥ 0, and not all 0")
+
 
 PUBLISHED = {"precision": "bf16", "save_every": 2000, "keep": 3}
 PRESETS = {
     "digits": {"data": "digits", "alpha": 1.0, "t_max": 450, "guidance_t_max": 380},
     "fashion-mnist": {"data": "fashion-mnist", "alpha": 1.0, "t_max": 600},
     # Half of the moving average is younger than 0.5 million images (2 million for ImageNet).
-    "cifar10": PUBLISHED | {
-        "data": "cifar10", "batch_size": 256, "lr": 1e-5, "ema": 0.99965, "updates": 390_625, "dropout": 0.13,
+    "cifar10": PUBLISHED
+    | {
+        "data": "cifar10",
+        "batch_size": 256,
+        "lr": 1e-5,
+        "ema": 0.99965,
+        "updates": 390_625,
+        "dropout": 0.13,
     },
-    "imagenet64": PUBLISHED | {
-        "data": "data/imagenet64", "batch_size": 8192, "accumulate": 64, "lr": 4e-6, "ema": 0.99717, "updates": 12_208,
+    "imagenet64": PUBLISHED
+    | {
+        "data": "data/imagenet64",
+        "batch_size": 8192,
+        "accumulate": 64,
+        "lr": 4e-6,
+        "ema": 0.99717,
+        "updates": 12_208,
         "dropout": 0.1,
     },
-    "ffhq64": PUBLISHED | {
-        "data": "data/ffhq64", "batch_size": 512, "lr": 1e-5, "betas": (0.9, 0.999), "ema": 0.99929,
-        "updates": 195_313, "dropout": 0.05,
-    },
-    "afhqv2-64": PUBLISHED | {
-        "data": "data/afhqv2-64", "batch_size": 512, "lr": 5e-6, "alpha": 1.0, "ema": 0.99929, "updates": 195_313,
+    "ffhq64": PUBLISHED
+    | {
+        "data": "data/ffhq64",
+        "batch_size": 512,
+        "lr": 1e-5,
+        "betas": (0.9, 0.999),
+        "ema": 0.99929,
+        "updates": 195_313,
         "dropout": 0.05,
     },
-}  # fmt: skip
-
-
-def main(options: Options) -> None:
-    """Distil a teacher into a one-step generator, without data."""
-    train(options)
+    "afhqv2-64": PUBLISHED
+    | {
+        "data": "data/afhqv2-64",
+        "batch_size": 512,
+        "lr": 5e-6,
+        "alpha": 1.0,
+        "ema": 0.99929,
+        "updates": 195_313,
+        "dropout": 0.05,
+    },
+}
 
 
 def train(options: Options) -> Denoiser | None:
-    """Run or continue the recipe; returns the generator, None for a dry run. Raises UserError."""
-    check(options)
-    teacher = checkpoint.load(options.teacher, device=options.device)
-    config = check_teacher(teacher, options)
-    dataset = _data(options)
-    if dataset is not None:
-        require_fit(teacher, dataset, options.teacher)
-    if options.dry_run:
-        plan = (
-            f"updates      {options.updates} of the fake score and of the generator, {options.batch_size} images each"
-        )
-        loop.print_plan(config, options, [plan], teacher=teacher, learners=2, rows=3)
-        return None
-    loop.prepare(options, dataset)
-    options = loop.settle_precision(options, teacher)
-    torch.manual_seed(options.seed)
+    """Distil a teacher into a one-step generator, without data.
+
+    Runs or continues the recipe; returns the generator. Raises UserError.
+    """
+    return begin.train(RECIPE, options)
+
+
+def learn(options: Options, teacher: Denoiser, dataset: data.Dataset | None) -> Denoiser:
     updaters, batches = learning(teacher, options)
-    return loop.run(updaters, batches, options, "sid", watch=scorer(teacher, dataset, config, options))
+    return loop.run(updaters, batches, options, "sid", watch=scorer(teacher, dataset, options))
 
 
-def _data(options: Options) -> data.Dataset | None:
+def scoring_data(options: Options) -> data.Dataset | None:
     try:
-        return data.load(options.data, "train") if options.data else None
+        return begin.training_data(options) if options.data else None
     except UserError as error:
         raise UserError(f"{error}; it would only score the generator, and --data None does without") from None
 
 
-def check(options: Options) -> None:
-    """Raises UserError for options that make no sense."""
-    options.check()
-    if not 0 < options.alpha <= 2:
-        raise UserError(f"--alpha must be in (0, 2], got {options.alpha:g}; 1.2 and 1 are the published ones")
-    if not 0 < options.t_max <= 1000:
-        raise UserError(f"--t-max must be in (0, 1000], got {options.t_max:g}")
-    if not 0 <= options.guidance_t_max <= 1000:
-        raise UserError(f"--guidance-t-max must be in [0, 1000], got {options.guidance_t_max:g}")
-    if not 0 < options.sigma_min < options.sigma_max < math.inf:
-        raise UserError(
-            f"--sigma-min {options.sigma_min:g} --sigma-max {options.sigma_max:g}: need 0 < the first < the second"
-        )
-    if not 0 < options.sigma_init < math.inf:
-        raise UserError(f"--sigma-init must be a positive number, got {options.sigma_init:g}")
-    if options.fake_lr is not None and not 0 < options.fake_lr < math.inf:
-        raise UserError(f"--fake-lr must be positive, got {options.fake_lr:g}")
-    if options.flip:
-        raise UserError("--flip: SiD reads no image that could be flipped; leave it out")
-    if options.score_num < 2:
-        raise UserError(f"--score-num {options.score_num}: a score needs at least 2 images")
-    frequencies = options.class_frequencies
-    if frequencies and not (all(0 <= f < math.inf for f in frequencies) and sum(frequencies) > 0):
-        raise UserError("--class-frequencies must be numbers ≥ 0, and not all 0")
-
-
-def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
-    """What the generator's checkpoint will say of itself. Raises UserError for a teacher that does not serve."""
-    kind, source = teacher.config.kind, options.teacher
-    if kind not in ("teacher", "stage1"):
-        raise UserError(f"{source} is a {kind} model: distil a run of train.teacher or of train.stage1")
+def check_teacher(options: Options, teacher: Denoiser) -> None:
+    """Raises UserError for a teacher that does not know the classes, strengths or noise levels that are asked for."""
+    source = options.teacher
     if options.class_frequencies and len(options.class_frequencies) != teacher.num_classes:
         raise UserError(
             f"--class-frequencies has {len(options.class_frequencies)} numbers, but {source} has "
@@ -197,18 +207,21 @@ def check_teacher(teacher: Denoiser, options: Options) -> DenoiserConfig:
             f"{source} knows noise levels σ from {lowest:.3g} to {highest:.3g}, and SiD would draw from "
             f"{needed[0]:.3g} to {needed[1]:.3g}: it lacks {' and '.join(lacks)}"
         )
+
+
+def generator_config(options: Options, teacher: Denoiser) -> DenoiserConfig:
+    """What the generator's checkpoint will say of itself."""
     plain = (0.0, 0.0) if teacher.num_classes else None  # w = 0 alone, and no guidance by two calls
-    return replace(
-        teacher.config, kind="sid", sampler="one_step", steps=1, sigma_init=options.sigma_init,
-        guidance_range=asked or known or plain,
-    )  # fmt: skip
+    limits = options.guidance_range or teacher.config.guidance_range or plain
+    one_step = {"sampler": "one_step", "steps": 1, "sigma_init": options.sigma_init}
+    return replace(teacher.config, kind="sid", guidance_range=limits, **one_step)
 
 
-def learning(teacher: Denoiser, options: Options) -> tuple[list[loop.Updater], loop.Batches]:
+def learning(teacher: Denoiser, options: Options) -> tuple[list[Updater], Batches]:
     """What learns, on what: the fake score, and the generator against it ([SiD] alg. 1). Both start as the teacher."""
-    config = check_teacher(teacher, options)
+    config = generator_config(options, teacher)
     fake, generator = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    loop.freeze(teacher, options).network.gradient_checkpointing = options.gradient_checkpointing
+    begin.freeze(teacher, options).network.gradient_checkpointing = options.gradient_checkpointing
     generator.config = config
     w = None if teacher.config.guidance_range is None else config.guidance_range
     levels = KarrasSchedule(options.sigma_min, options.sigma_max)
@@ -217,15 +230,15 @@ def learning(teacher: Denoiser, options: Options) -> tuple[list[loop.Updater], l
         return sid.fake_score(model, generator, batch, sigma=options.sigma_init, guidance_range=w)
 
     def generator_loss(model: Denoiser, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        how = {"alpha": options.alpha, "t_max": options.t_max, "guidance_t_max": options.guidance_t_max}
         return sid.generator(
-            model, teacher, fake, batch, alpha=options.alpha, t_max=options.t_max, levels=levels,
-            sigma=options.sigma_init, guidance_range=w, guidance_t_max=options.guidance_t_max,
-        )  # fmt: skip
+            model, teacher, fake, batch, levels=levels, sigma=options.sigma_init, guidance_range=w, **how
+        )
 
     fake_options = replace(options, ema=0.0, lr=options.fake_lr or options.lr, betas=(0.0, options.betas[1]))
     updaters = [
-        loop.new_updater(fake_options, fake, fake_loss, name="fake_", tolerance=DROPPED),
-        loop.new_updater(options, generator, generator_loss, tolerance=DROPPED),
+        new_updater(fake_options, fake, fake_loss, name="fake_", tolerance=DROPPED),
+        new_updater(options, generator, generator_loss, tolerance=DROPPED),
     ]
     return updaters, DrawnBatches(teacher.num_classes, options, updaters[-1].device)
 
@@ -235,7 +248,7 @@ class DrawnBatches(Iterator[Batch]):
 
     def __init__(self, num_classes: int, options: Options, device: torch.device):
         self.batch_size, self.device, self.position = options.batch_size, device, 0
-        self.seed = loop.run_seed(options.seed, "sid")
+        self.seed = run_seed(options.seed, "sid")
         frequencies = torch.tensor(options.class_frequencies or [1.0] * num_classes, dtype=torch.float64)
         self.limits = (frequencies.cumsum(0) / frequencies.sum()).to(device) if num_classes else None
 
@@ -257,12 +270,12 @@ class DrawnBatches(Iterator[Batch]):
         self.position = state["position"]
 
 
-def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConfig, options: Options) -> loop.Watch:
+def scorer(teacher: Denoiser, dataset: data.Dataset | None, options: Options) -> loop.Watch:
     """The scores at every save: the Fréchet distance where there are data, and the variety of the images.
 
     A collapse is told by comparing with the teacher's own images, so that it needs no data.
     """
-    low, high = config.guidance_range or (0.0, 0.0)
+    low, high = generator_config(options, teacher).guidance_range or (0.0, 0.0)
     strengths = [w for w in options.score_guidance if low <= w <= high] or [low]
     labelled = dataset is not None and dataset.num_classes > 0
     reference = Reference.load(options.data, device=options.device) if labelled else None
@@ -306,5 +319,17 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, config: DenoiserConf
     return watch
 
 
+RECIPE = begin.Recipe(
+    "sid",
+    PRESETS,
+    lambda options, teacher, _: generator_config(options, teacher),
+    learn,
+    check=check_teacher,
+    data=scoring_data,
+    reads_images=False,
+    learners=2,
+    rows=3,
+)
+
 if __name__ == "__main__":
-    cli.run(main, Options, PRESETS)
+    cli.run(train, Options, PRESETS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from fastdiff import cli, data, schedule
 from fastdiff.denoiser import Denoiser, DenoiserConfig
@@ -15,11 +15,12 @@ from fastdiff.losses.batch import Batch
 from fastdiff.precision import Choice
 from fastdiff.unet import PRESETS as UNETS
 from fastdiff.unet import UNetConfig
-from train import loop
+from train import begin, loop
+from train.options import LoopOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(loop.LoopOptions):
+class Options(LoopOptions):
     unet: UNetConfig = field(default_factory=lambda: UNETS["digits"])
     """Image size, channels and classes are taken from the data."""
     schedule: Literal["cosine", "linear-beta", "karras"] = "cosine"
@@ -37,57 +38,105 @@ class Options(loop.LoopOptions):
     """Noise levels of training: the schedule's, evenly over its times, or EDM's ln σ ~ N(−1.2, 1.2²)."""
     ema: float = 0.999
 
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.label_drop < 1:
+            raise UserError(f"--label-drop must be in [0, 1), got {self.label_drop}")
+
 
 DDPMPP = UNetConfig(
-    (32, 32), 3, 10, channels=128, channel_mult=(2, 2, 2), blocks=4, attention_resolutions=(16,), head_width=None,
-    dropout=0.13, input_mult=1, scale_shift=False, resample_skip_conv=True, residual_scale=0.5**0.5, eps=1e-6,
-    decoder_attention="last", qkv_order="head-width-qkv", time_scale=1.0, time_endpoint=True, label_before_mlp=True,
-)  # fmt: skip
+    (32, 32),
+    3,
+    10,
+    channels=128,
+    channel_mult=(2, 2, 2),
+    blocks=4,
+    attention_resolutions=(16,),
+    head_width=None,
+    dropout=0.13,
+    input_mult=1,
+    scale_shift=False,
+    resample_skip_conv=True,
+    residual_scale=0.5**0.5,
+    eps=1e-6,
+    decoder_attention="last",
+    qkv_order="head-width-qkv",
+    time_scale=1.0,
+    time_endpoint=True,
+    label_before_mlp=True,
+)
 PRESETS = {
     "digits": {},
     "fashion-mnist": {
-        "batch_size": 128, "unet": UNETS["fashion-mnist"], "data": "fashion-mnist", "updates": 20_000, "lr": 1e-3,
+        "batch_size": 128,
+        "unet": UNETS["fashion-mnist"],
+        "data": "fashion-mnist",
+        "updates": 20_000,
+        "lr": 1e-3,
     },
     "cifar10": {
         "batch_size": 128,
-        "unet": UNETS["cifar10"], "data": "cifar10", "flip": True, "updates": 800_000, "lr": 2e-4, "warmup": 5000,
-        "anneal": "none", "ema": 0.9999, "precision": "bf16", "save_every": 10_000,
+        "unet": UNETS["cifar10"],
+        "data": "cifar10",
+        "flip": True,
+        "updates": 800_000,
+        "lr": 2e-4,
+        "warmup": 5000,
+        "anneal": "none",
+        "ema": 0.9999,
+        "precision": "bf16",
+        "save_every": 10_000,
     },
     "cifar10-edm": {  # 200 M images, 10 M of warmup, an average of half-life 0.5 M; [EDM] drops no labels
-        "unet": DDPMPP, "data": "cifar10", "flip": True, "schedule": "karras", "parameterization": "edm",
-        "weight": "edm", "noise_levels": "lognormal", "updates": 390_625, "batch_size": 512, "lr": 1e-3,
-        "warmup": 19_531, "anneal": "none", "clip_norm": 0.0, "ema": 0.9993, "save_every": 10_000,
+        "unet": DDPMPP,
+        "data": "cifar10",
+        "flip": True,
+        "schedule": "karras",
+        "parameterization": "edm",
+        "weight": "edm",
+        "noise_levels": "lognormal",
+        "updates": 390_625,
+        "batch_size": 512,
+        "lr": 1e-3,
+        "warmup": 19_531,
+        "anneal": "none",
+        "clip_norm": 0.0,
+        "ema": 0.9993,
+        "save_every": 10_000,
     },
     "imagenet64": {
-        "unet": UNETS["imagenet64"], "data": "data/imagenet64", "flip": True, "updates": 540_000, "batch_size": 2048,
-        "lr": 3e-4, "warmup": 5000, "anneal": "none", "ema": 0.9999, "precision": "bf16", "save_every": 10_000,
+        "unet": UNETS["imagenet64"],
+        "data": "data/imagenet64",
+        "flip": True,
+        "updates": 540_000,
+        "batch_size": 2048,
+        "lr": 3e-4,
+        "warmup": 5000,
+        "anneal": "none",
+        "ema": 0.9999,
+        "precision": "bf16",
+        "save_every": 10_000,
     },
-}  # fmt: skip
+}
 
 
-def main(options: Options) -> None:
-    """Train a class-conditional teacher with label dropping."""
-    train(options)
+def train(options: Options) -> Denoiser | None:
+    """Train a class-conditional teacher with label dropping.
+
+    Runs or continues the recipe; returns the teacher. Raises UserError.
+    """
+    return begin.train(RECIPE, options)
 
 
-def train(options: Options) -> Denoiser:
-    """Run or continue the recipe; returns the teacher. Raises UserError."""
-    options.check()
-    if not 0 <= options.label_drop < 1:
-        raise UserError(f"--label-drop must be in [0, 1), got {options.label_drop}")
-    dataset = data.load(options.data, "train")
-    if not options.labels:
-        dataset = dataset.without_labels()
-    config = denoiser_config(options, dataset)
-    loop.check_batch(options, dataset)
-    if options.dry_run:
-        loop.print_plan(config, options, [f"updates      {options.updates} of {options.batch_size} images"])
-        return None
-    loop.prepare(options, dataset)
-    torch.manual_seed(options.seed)
-    denoiser = Denoiser(config).to(options.device)
+def dataset_of(options: Options) -> data.Dataset:
+    dataset = begin.training_data(options)
+    return dataset if options.labels else dataset.without_labels()
 
-    def loss(model: Denoiser, batch: Batch) -> torch.Tensor:
+
+def learn(options: Options, _: None, dataset: data.Dataset) -> Denoiser:
+    denoiser = Denoiser(denoiser_config(options, dataset)).to(options.device)
+
+    def loss(model: Denoiser, batch: Batch) -> Tensor:
         return regression.teacher(
             model, batch, label_drop=options.label_drop, weight=options.weight, noise_levels=options.noise_levels
         )
@@ -97,11 +146,8 @@ def train(options: Options) -> Denoiser:
 
 def settled_precision(options: Options) -> Choice:
     """The precision of a run of these options, which may not have begun: for those who go on with it in others."""
-    if options.precision != "auto":
-        return options.precision
-    with torch.random.fork_rng(devices=[]):
-        denoiser = Denoiser(denoiser_config(options, data.load(options.data, "train")))
-    return loop.settle_precision(options, denoiser.to(options.device)).precision
+    config = denoiser_config(options, begin.training_data(options)) if options.precision == "auto" else None
+    return begin.settle_precision(options, lambda: Denoiser(config).to(options.device)).precision
 
 
 def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
@@ -114,12 +160,19 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         guidance_input=False,
     )
     config = DenoiserConfig(
-        unet, schedule.SCHEDULES[options.schedule](), options.parameterization, class_names=dataset.class_names,
+        unet,
+        schedule.SCHEDULES[options.schedule](),
+        options.parameterization,
+        class_names=dataset.class_names,
         data=dataset.fingerprint,
-    )  # fmt: skip
-    loop.check_buildable(config)
+    )
+    begin.check_buildable(config)
     return config
 
 
+RECIPE = begin.Recipe(
+    "teacher", PRESETS, lambda options, _, dataset: denoiser_config(options, dataset), learn, data=dataset_of
+)
+
 if __name__ == "__main__":
-    cli.run(main, Options, PRESETS)
+    cli.run(train, Options, PRESETS)

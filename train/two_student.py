@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastdiff import checkpoint, cli
+from torch import Tensor
+
+from fastdiff import cli
 from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
-from train import rounds
+from fastdiff.losses.batch import Batch
+from train import begin, rounds
 from train.rounds import PRESETS
 
 
@@ -20,35 +23,39 @@ class Options(rounds.Options):
     guidance: float = 1.0
     """The guidance strength w whose trajectories are followed; sampling takes two calls a step at this w."""
 
-
-def main(options: Options) -> None:
-    """Distil the conditional and the unconditional model side by side, along the guided teacher's trajectories."""
-    train(options)
+    def check(self) -> None:
+        super().check()
+        if not is_guidance(self.guidance):
+            raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {self.guidance}")
 
 
 def train(options: Options) -> Denoiser | None:
-    """Run or continue the rounds that are not finished; returns the last student. Raises UserError."""
-    rounds.check(options)
+    """Distil the conditional and the unconditional model side by side, along the guided teacher's trajectories.
+
+    Runs or continues the rounds that are not finished; returns the last student. Raises UserError.
+    """
+    return begin.train(RECIPE, options)
+
+
+def loss(options: Options, teacher: Denoiser) -> rounds.RoundLoss:
     w = options.guidance
-    if not is_guidance(w):
-        raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {w}")
-    teacher = checkpoint.load(options.teacher, device=options.device)
-    if teacher.config.kind not in ("teacher", "two_student") or not teacher.num_classes:
-        what = f"a model of kind {teacher.config.kind}" if teacher.num_classes else "unconditional"
-        raise UserError(
-            f"{options.teacher} is {what}: two students are distilled from a class-conditional run of train.teacher"
-        )
-    rounds.check_steps(teacher, options)
-    if teacher.config.guidance_range not in (None, (w, w)):
-        trained = teacher.config.guidance_range[0]
-        raise UserError(f"{options.teacher} was trained for w = {trained:g}: use --guidance {trained:g}, got {w:g}")
     teacher.config = replace(teacher.config, guidance_range=(w, w))  # as its students' checkpoints will say
 
-    def loss(student, teacher, batch, steps):
+    def of_round(student: Denoiser, batch: Batch, *, teacher: Denoiser, steps: int) -> Tensor:
         return regression.two_student(student, teacher, batch, steps=steps, guidance=w, weight=options.weight)
 
-    return rounds.run(options, teacher, loss, kind="two_student", rows=2)
+    return of_round
 
+
+def check(options: Options, teacher: Denoiser) -> None:
+    w, trained = options.guidance, teacher.config.guidance_range
+    if trained not in (None, (w, w)):
+        raise UserError(
+            f"{options.teacher} was trained for w = {trained[0]:g}: use --guidance {trained[0]:g}, got {w:g}"
+        )
+
+
+RECIPE = rounds.recipe("two_student", loss, check=check, rows=2)
 
 if __name__ == "__main__":
-    cli.run(main, Options, PRESETS)
+    cli.run(train, Options, PRESETS)

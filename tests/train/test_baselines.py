@@ -19,6 +19,7 @@ from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from train import encoder, loop, stage2, two_student
+from train.batches import to_device
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -212,7 +213,7 @@ def test_the_loss_falls(tmp_path, name):
         warmup=0, batch_size=16, lr=1e-2,
     )  # fmt: skip
     taught = checkpoint.load(tmp_path / "teacher")
-    batch = loop.to_device(next(data.Batches(data.load("digits", "test"), 256, seed=7)), 10, 7, torch.device("cpu"))
+    batch = to_device(next(data.Batches(data.load("digits", "test"), 256, seed=7)), 10, 7, torch.device("cpu"))
     loss = {
         "stochastic": lambda model: regression.stage2(
             model, taught, batch, steps=2, guidance_range=LIMITS, sampler="stochastic"

@@ -18,7 +18,9 @@ from fastdiff import checkpoint, data
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
-from train import loop
+from train import begin, loop
+from train.batches import to_device
+from train.teacher import RECIPE
 
 REAL_PREVIEW = loop.preview
 CONFIG = DenoiserConfig(TINY)
@@ -52,12 +54,12 @@ def make_updater(loss=teacher_loss, **changes):
 
 def make_batches(updater, count):
     stream = data.Batches(DATASET, updater.options.batch_size, seed=1)
-    return [loop.to_device(next(stream), 10, 1, updater.device) for _ in range(count)]
+    return [to_device(next(stream), 10, 1, updater.device) for _ in range(count)]
 
 
 def fit(out, *, loss=teacher_loss, name="run", **changes):
     options = make_options(out, **changes)
-    loop.prepare(options, DATASET)
+    begin.begin_run(options, begin.describe(RECIPE, options, DATASET))
     torch.manual_seed(options.seed)
     return loop.fit(Denoiser(CONFIG), loss, DATASET, options, name=name)
 

@@ -19,6 +19,7 @@ from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.unet import UNetConfig
 from train import loop, rounds, stage1, stage2, teacher
+from train.batches import to_device
 
 META = torch.device("meta")
 
@@ -55,7 +56,7 @@ def models_on(device, parameterization, chosen):
 
 def batch_on(device):
     ids = torch.arange(8)
-    return loop.to_device(data.Batch(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), ids % 10, ids), 10, 1, device)
+    return to_device(data.Batch(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), ids % 10, ids), 10, 1, device)
 
 
 def test_a_batch_moves_to_its_device():
@@ -194,7 +195,7 @@ def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits, clip
         )
     )  # fmt: skip
     stream = data.Batches(data.load("digits", "test"), 128, seed=7)
-    batch = loop.to_device(next(stream), 10, 7, torch.device("cpu"))
+    batch = to_device(next(stream), 10, 7, torch.device("cpu"))
     with torch.no_grad():
         before, after = (
             regression.stage1(model, Guided(made), batch, guidance_range=limits, clip=1.0 if clip else None).mean()
@@ -361,7 +362,7 @@ def test_stage2_continues_from_a_round_of_another_run(runs, tmp_path):
 @given(st.integers(0, 1))
 def test_unconditional_losses_take_no_label(seed):
     config = DenoiserConfig(replace(TINY, num_classes=0))
-    batch = loop.to_device(next(data.Batches(unlabelled(), 8, seed=seed)), 0, seed, torch.device("cpu"))
+    batch = to_device(next(data.Batches(unlabelled(), 8, seed=seed)), 0, seed, torch.device("cpu"))
     assert batch.label is None
     assert regression.teacher(Denoiser(config), batch).shape == (8,)
 

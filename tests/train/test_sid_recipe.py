@@ -26,7 +26,7 @@ from fastdiff.losses import sid
 from fastdiff.losses.batch import GUIDANCE, TIME
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
-from train import encoder, loop, stage1, stage2, two_student
+from train import begin, encoder, loop, stage1, stage2, two_student
 from train import sid as recipe
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -1065,7 +1065,7 @@ def test_a_dry_run_counts_what_an_update_holds(runs, capsys):
     assert recipe.train(options) is None
     config = checkpoint.load(runs.stage1).config
     weights = sum(p.numel() for p in checkpoint.load(runs.stage1).parameters())
-    expected = 4 * (2 * 4 + 1 + 1) * weights + loop.activation_bytes(config, 3 * 512, options)
+    expected = 4 * (2 * 4 + 1 + 1) * weights + begin.activation_bytes(config, 3 * 512, options)
     found = float(re.search(r"memory +about ([\d.e-]+) GiB", capsys.readouterr().out)[1])
     assert found == pytest.approx(expected / 2**30, rel=0.01)
 
