@@ -19,6 +19,7 @@ from fastdiff.run import Run, Saved, runs_in
 RECENT = 10  # rows of the log that speed and losses are told from
 QUIET_SECONDS = 300  # a run may at least be quiet for that long, before it counts as stopped,
 QUIET_ROWS = 5  # or for the time that so many rows of the log take,
+RECIPES = tuple(f"train.{name}" for name in ("teacher", "stage1", "stage2", "encoder", "two_student", "sid"))
 QUIET_START = 1800  # or for that long before the first row: data are read and networks compiled
 
 
@@ -188,9 +189,9 @@ def _speed(rows: list[dict]) -> float | None:
 
 def _command(run: Run, config: dict, recipe: str | None) -> str | None:
     """What continues the run, which may have been moved since it wrote that down."""
-    command = config.get("command") or _old_command(config, recipe)
-    if command is None:
+    if recipe not in RECIPES:  # a stranger's config.json is not to suggest what one types
         return None
+    command = config.get("command") or _old_command(config, recipe)
     out = command.index("--out") + 1
     here = Path(command[out]).resolve() == run.folder.resolve()
     return shlex.join([*command[:out], command[out] if here else str(run.folder), *command[out + 1 :]])
@@ -204,8 +205,7 @@ def _guess_recipe(saved: Saved, rows: list[dict]) -> str | None:
     names = [row["run"] for row in rows[-1:]]
     with suppress(OSError, ValueError, KeyError, TypeError):
         names.append(json.loads((saved.folder / "model.json").read_bytes())["kind"])
-    known = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
-    return next((f"train.{name}" for name in names if name in known), None)
+    return next((f"train.{name}" for name in names if f"train.{name}" in RECIPES), None)
 
 
 def _old_plan(options: dict, rows: list[dict], saved: Saved, recipe: str | None) -> dict[str, int]:
@@ -222,10 +222,8 @@ def _old_plan(options: dict, rows: list[dict], saved: Saved, recipe: str | None)
     return plan
 
 
-def _old_command(config: dict, recipe: str | None) -> list[str] | None:
-    """With every option that the run had and that says something; None if its recipe is not known."""
-    if recipe is None:
-        return None
+def _old_command(config: dict, recipe: str) -> list[str]:
+    """With every option that the run had and that says something."""
     apart = ("out", "resume", "overwrite", "dry_run", "preset")
     options = {key: value for key, value in config["options"].items() if key not in apart and value not in (None, [])}
     processes, out = config.get("processes", 1), config["options"].get("out", "")

@@ -19,9 +19,10 @@ from PIL import Image
 import kernels
 from fastdiff import checkpoint, cli
 from fastdiff.denoiser import Denoiser, DenoiserConfig
+from train import commands
 
 ROOT = Path(__file__).parents[2]
-MODULES = {name: module for name, (module, _) in cli.COMMANDS.items()}
+MODULES = {name: module for name, (module, _) in commands.COMMANDS.items()}
 SMALL = ["--device", "cpu", "--updates", "2", "--batch-size", "8"]
 NET = ["--unet.channels", "8", "--unet.channel-mult", "1"]
 
@@ -49,7 +50,7 @@ def run(monkeypatch, capsys):
                 runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
             else:
                 assert command == "fastdiff"
-                cli.main()
+                commands.main()
         except SystemExit as stop:
             code = stop.code or 0
         return Result(code, *capsys.readouterr())
@@ -108,7 +109,7 @@ MISTAKES = {
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     lines = {name: ["-m", MODULES[name], *arguments] for name, (arguments, _) in MISTAKES.items()}
-    main = "import sys; from fastdiff.cli import main; sys.argv[0] = 'fastdiff'; main()"
+    main = "import sys; from train.commands import main; sys.argv[0] = 'fastdiff'; main()"
     lines["fastdiff sample"] = ["-c", main, "sample", "--checkpoint", "nowhere"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = {

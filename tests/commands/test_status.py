@@ -14,22 +14,40 @@ import pytest
 from common import TINY
 from PIL import Image
 
-from fastdiff import checkpoint, cli, figures, plot
+import fastdiff.status
+from fastdiff import checkpoint, cli, distributed, figures, plot
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
-from fastdiff.status import describe, duration, read_log, status
+from fastdiff.run import Log, Run
+from fastdiff.status import duration
 from fastdiff.unet import PRESETS as UNETS
-from train import encoder, loop, sid, stage1, stage2, teacher, two_student
+from train import begin as recipes
+from train import commands, encoder, loop, sid, stage1, stage2, teacher, two_student
 
 NOW = 2_000_000_000.0
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
-def begin(options, recipe: str | None) -> Path:
-    """A run's folder as it is before the first update."""
+def status(run: Path, **how) -> dict:
+    return asdict(fastdiff.status.status(Run(run), **how))
+
+
+def describe(found: dict) -> str:
+    return fastdiff.status.describe(fastdiff.status.Status(**found))
+
+
+def read_log(path: Path) -> list[dict]:
+    return Log(path).rows()
+
+
+def begin(options, recipe: str | None, *, old: bool = False) -> Path:
+    """A run's folder as it is before the first update; old: of a version that wrote down neither plan nor command."""
     options.out.mkdir(parents=True)
-    config = {"options": json.loads(json.dumps(asdict(options), default=str)), "data_fingerprint": "0"}
-    (options.out / "config.json").write_text(json.dumps(config | ({"recipe": recipe} if recipe else {})))
+    if old or recipe is None or not recipe.startswith("train."):
+        config = {"options": options.plain(), "data_fingerprint": "0"} | ({"recipe": recipe} if recipe else {})
+    else:
+        config = recipes.describe(sys.modules[recipe].RECIPE, options, None)
+    (options.out / "config.json").write_text(json.dumps(config))
     return options.out
 
 
@@ -257,24 +275,25 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["", "old"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_command_has_all_options_of_the_run(tmp_path, monkeypatch, name):
+def test_the_command_has_all_options_of_the_run(tmp_path, monkeypatch, name, old):
     monkeypatch.chdir(tmp_path)
     recipe, options = COMMANDS[name]
-    words = shlex.split(status(begin(options, recipe), now=NOW)["command"])
+    words = shlex.split(status(begin(options, recipe, old=old), now=NOW)["command"])
     assert words[:3] == ["python", "-m", recipe] and words[-1] == "--resume"
     taken, module = [], sys.modules[recipe]
     monkeypatch.setattr(sys, "argv", words[2:])
     cli.run(taken.append, module.Options, module.PRESETS)
-    assert asdict(taken[0]) == asdict(replace(options, resume=True))
-    if name == "nothing":
+    kept = {"preset": None} if old else {}  # an old run's command has every option instead
+    assert asdict(taken[0]) == asdict(replace(options, resume=True, **kept))
+    if name == "nothing" and not old:
         assert words[3:] == ["--out", "runs/made", "--resume"]
 
 
-def test_a_run_that_was_moved_and_one_of_several_processes(tmp_path):
+def test_a_run_that_was_moved_and_one_of_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
     run = make_teacher(tmp_path)
-    path = run / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 8}))
     moved = run.rename(tmp_path / "moved here")
     command = status(moved, now=NOW)["command"]
     assert command.startswith("torchrun --nproc_per_node 8 -m train.teacher ")
@@ -335,7 +354,7 @@ def call(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, words)])
     code = 0
     try:
-        cli.main()
+        commands.main()
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

@@ -24,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, files
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
@@ -491,7 +491,7 @@ def steps_of_a_save(monkeypatch, at: int | None = None) -> list[str]:
 
     for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (Path, "write_bytes")):
         monkeypatch.setattr(owner, name, patched(name, getattr(owner, name)))
-    for owner, name in ((checkpoint, "save_file"), (checkpoint, "_sync"), (shutil, "rmtree")):
+    for owner, name in ((checkpoint, "save_file"), (files, "sync"), (shutil, "rmtree")):
         monkeypatch.setattr(owner, name, patched(name, getattr(owner, name)))
     return done
 
@@ -776,12 +776,12 @@ def test_nothing_is_read_twice_and_nothing_that_is_not_needed(tmp_path, pair, mo
         return real(file, name)
 
     monkeypatch.setattr(checkpoint.hashlib, "file_digest", file_digest)
-    for call, files in (
+    for call, expected in (
         (checkpoint.load, ["model.json", "model.safetensors"]),
         (checkpoint.newest_state, ["model.json", "state.json", "state.safetensors"]),
     ):
         call(pair)
-        assert read == Counter(files)
+        assert read == Counter(expected)
         read.clear()
     checkpoint.newest(pair)
     assert all(read[name] == 1 for name in FILES if name.endswith(".safetensors"))

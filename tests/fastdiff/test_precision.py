@@ -22,7 +22,7 @@ from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.metrics import Row
-from train import compare, demo, encoder, loop, sid, stage1, stage2, teacher, two_student
+from train import begin, compare, demo, encoder, loop, sid, stage1, stage2, teacher, two_student
 
 CONFIG = DenoiserConfig(TINY)
 
@@ -231,7 +231,7 @@ def found(monkeypatch):
         return answers.pop(0)
 
     monkeypatch.setattr(precision, "check", check)
-    monkeypatch.setattr(loop, "check", check)
+    monkeypatch.setattr(begin, "check", check)
     monkeypatch.setattr(loop, "preview", lambda *args, **kwargs: None)
     check.answers, check.asked = answers, asked
     return check
@@ -425,7 +425,7 @@ def test_compare_has_one_for_all_and_keeps_it(tmp_path, found):
 def test_other_words_are_refused(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command", "--precision", "fp8"])
     with pytest.raises(SystemExit) as exit_:
-        cli.run(module.main, module.Options)
+        cli.run(module.train, module.Options)
     assert exit_.value.code == 2
     error = "".join(capsys.readouterr())
     assert "fp8" in error and all(word in error for word in ("fp32", "bf16", "auto"))

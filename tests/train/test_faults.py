@@ -273,7 +273,7 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder, self.undisturbed = folder, {}
         environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTDIFF_CACHE": str(folder / "cache")}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
         self.server = subprocess.Popen(
             [sys.executable, __file__], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ from scipy import stats
 from test_command_lines import assert_refused
 
 import kernels
-from fastdiff import checkpoint, cli, data, metrics, samplers
+from fastdiff import checkpoint, data, metrics, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
@@ -26,7 +26,7 @@ from fastdiff.losses import sid
 from fastdiff.losses.batch import GUIDANCE, TIME
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
-from train import begin, encoder, loop, stage1, stage2, two_student
+from train import begin, commands, encoder, loop, stage1, stage2, two_student
 from train import sid as recipe
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -1096,4 +1096,4 @@ def test_alpha_and_noise_levels_of_the_published_presets():
 
 
 def test_the_command_is_known():
-    assert cli.COMMANDS["sid"][0] == "train.sid"
+    assert commands.COMMANDS["sid"][0] == "train.sid"
