@@ -514,7 +514,7 @@ def test_a_crash_between_any_two_steps_leaves_a_whole_checkpoint(tmp_path, monke
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         if len(done) <= at:
             break
-    assert done[-4:] == ["rename", "rename", "_sync", "rmtree"] and done.count("_sync") == 7
+    assert done[-4:] == ["rename", "rename", "sync", "rmtree"] and done.count("sync") == 7
     assert seen == [1] * (len(done) - 2) + [2] * 3
 
 

@@ -65,7 +65,7 @@ CLOCKS = ("time", "images_per_second", "memory_gb")
 
 def serve() -> None:
     """Fork a child for each run that is asked for on stdin, and tell on stdout how it ended."""
-    for name in ("sklearn.datasets", "fastdiff.cli", "fastdiff.sid", "train.rounds"):
+    for name in ("sklearn.datasets", "fastdiff.cli", "fastdiff.losses.sid", "train.rounds"):
         importlib.import_module(name)  # so that no run has to wait for it
     del sys.modules["train.stage2"]  # which `common` has imported, and which is to be run
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"

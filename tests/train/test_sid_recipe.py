@@ -158,12 +158,12 @@ def test_guidance_that_ends_needs_a_teacher_that_knows_none(models, tmp_path, op
         train(models / "one strength", tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
     for name, taken in (("guided", options), ("one strength", {"t_max": 500.0, "guidance_t_max": 500.0})):
-        recipe.check_teacher(checkpoint.load(models / name), make_options(models / name, **taken))
+        recipe.check_teacher(make_options(models / name, **taken), checkpoint.load(models / name))
 
 
 @pytest.mark.parametrize("kind", ["stage2", "encoder", "two_student", "sid"])
 def test_teachers_of_another_kind_are_refused(models, tmp_path, kind):
-    with pytest.raises(UserError, match=f"{kind} model"):
+    with pytest.raises(UserError, match=f"{kind} is {begin.MODELS[kind]}, and train.sid takes a stage-1 model"):
         train(models / kind, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -180,7 +180,7 @@ REFUSED = [
     (["--teacher", "{teacher}", "--alpha", "0"], ["--alpha"]),
     (["--teacher", "{teacher}", "--t-max", "2000"], ["--t-max"]),
     (["--teacher", "{linear}"], ["0.002 to 0.01", "--sigma-min"]),
-    (["--teacher", "{stage2}"], ["stage2 model", "train.stage1"]),
+    (["--teacher", "{stage2}"], ["a stage-2 model", "takes a stage-1 model"]),
     (["--teacher", "{teacher}", "--guidance-range", "0", "4"], ["--guidance-range", "train.stage1"]),
     (["--teacher", "{teacher}", "--class-frequencies", "1", "2"], ["--class-frequencies", "2 numbers", "10 classes"]),
     (["--teacher", "{teacher}", "--data", "nowhere"], ["nowhere", "only score", "--data None"]),
@@ -240,8 +240,9 @@ def test_a_start_below_what_the_teacher_knows_is_refused(models, tmp_path, sigma
 def test_noise_levels_that_the_teacher_knows_are_taken(models, teacher, changes):
     made = checkpoint.load(models / teacher)
     options = make_options(models / teacher, **changes)
-    recipe.check(options)
-    assert recipe.check_teacher(made, options).sigma_init == options.sigma_init
+    options.check()
+    recipe.check_teacher(options, made)
+    assert recipe.generator_config(options, made).sigma_init == options.sigma_init
 
 
 def test_a_linear_beta_teacher_learns_above_its_lowest_level(models, tmp_path, monkeypatch):
@@ -597,7 +598,7 @@ def test_the_strengths_are_those_asked_for(models, tmp_path, limits, expected, m
 def test_a_preview_is_one_call_an_image(models, tmp_path, name):
     options = make_options(models / name)
     model = checkpoint.load(models / name)
-    model.config = recipe.check_teacher(model, options)
+    model.config = recipe.generator_config(options, model)
     REAL_PREVIEW(model, tmp_path / "a.png", 0, columns=2)
     assert (tmp_path / "a.png").is_file() and model.network_rows == 2 * (model.num_classes or 4)
 
@@ -926,7 +927,7 @@ def break_from(monkeypatch, update, share, *, which="generator"):
 @pytest.mark.parametrize("which", ["generator", "fake_score"])
 def test_too_many_samples_that_are_not_finite_end_the_run(models, tmp_path, monkeypatch, which):
     """The last good checkpoint is there, can be sampled, and continued."""
-    monkeypatch.setattr(loop, "MANY_SAMPLES", 64)
+    monkeypatch.setattr("train.updater.MANY_SAMPLES", 64)
     options = {"updates": 9, "save_every": 4, "log_every": 8, "ema": 0.9}
     with monkeypatch.context() as patch:
         break_from(patch, 5, 0.5, which=which)
@@ -941,7 +942,7 @@ def test_too_many_samples_that_are_not_finite_end_the_run(models, tmp_path, monk
 
 
 def test_through_the_command_line_that_is_one_sentence(models, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(loop, "MANY_SAMPLES", 16)
+    monkeypatch.setattr("train.updater.MANY_SAMPLES", 16)
     break_from(monkeypatch, 1, 1.0)
     result = run(
         "sid", "--teacher", models / "guided", "--out", "o", "--device", "cpu", "--batch-size", "16", "--updates", "20",
@@ -1055,7 +1056,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(run, runs, extra):
     )
     assert result.code == 0 and not result.err, result.err
     assert re.search(r"model +([\d.]+) M parameters, images 1×8×8", result.out)
-    assert re.search(r"updates +70 of the fake score and of the generator, 128 images each", result.out)
+    assert re.search(r"updates +70 of each network, 128 images each", result.out)
     assert re.search(r"memory +about [\d.]+ GiB", result.out) and not Path("o").exists()
 
 
