@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from fastdiff import data, distributed
+from fastdiff import data, distributed, files
 from fastdiff.errors import UserError
 
 FEATURE_WIDTH = 64
@@ -234,10 +234,9 @@ def _read(path: Path, network: Classifier) -> float | None:
 def _write(path: Path, network: Classifier, accuracy: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
         weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(weights, beside, metadata={"accuracy": repr(accuracy)})
-        beside.rename(path)
+        with files.writing(path, shared=True) as place:
+            save_file(weights, place, metadata={"accuracy": repr(accuracy)})
     except OSError:
         pass  # the cache only saves time
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastdiff import data
 from fastdiff.data import Batches, Dataset, load, to_float, to_uint8
+from fastdiff.data.cifar import _CIFAR_INSIDE
+from fastdiff.data.load import _DEBIAN
 from fastdiff.errors import UserError
 
 
@@ -163,7 +165,7 @@ def test_idx_without_images_is_an_error(tmp_path):
 
 
 def test_real_fashion_mnist():
-    if not data._DEBIAN["fashion-mnist"].is_dir():
+    if not _DEBIAN["fashion-mnist"].is_dir():
         pytest.skip("the Debian package dataset-fashion-mnist is not installed")
     test = load("fashion-mnist", "test")
     assert (len(test), test.shape, test.num_classes) == (10000, (1, 32, 32), 10)
@@ -252,7 +254,7 @@ def test_cifar(tmp_path, variant, packed):
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
-@pytest.mark.parametrize("inside", data._CIFAR_INSIDE)
+@pytest.mark.parametrize("inside", _CIFAR_INSIDE)
 def test_cifar_is_found_by_name(tmp_path, inside):
     files, *_ = cifar_files(*VARIANTS["binary" if "bin" in inside else "python 2"])
     folder = tmp_path / "data" / "cifar10"
@@ -518,7 +520,7 @@ def test_missing_data_sets(tmp_path, monkeypatch):
     assert_error("'training'", "train, test, val", spec="digits", split="training")
 
     monkeypatch.setenv("FASTDIFF_DATA", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(data, "_DEBIAN", {"fashion-mnist": tmp_path / "debian"})
+    monkeypatch.setattr(sys.modules["fastdiff.data.load"], "_DEBIAN", {"fashion-mnist": tmp_path / "debian"})
     for name in ("mnist", "fashion-mnist", "cifar10"):
         assert_error(f"'{name}'", tmp_path / "elsewhere" / name, os.path.join("data", name), spec=name)
     assert_error("apt install dataset-fashion-mnist", tmp_path / "debian", spec="fashion-mnist")

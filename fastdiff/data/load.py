@@ -1,0 +1,73 @@
+"""`load`: a data set by its name, or from a folder or file of any of the formats."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastdiff.data import cifar, digits, idx, pictures
+from fastdiff.data.dataset import ACCEPTED, SPLITS, Dataset
+from fastdiff.errors import UserError
+
+_HOW_TO_GET = {
+    "mnist": "put train-images-idx3-ubyte.gz and its three companions into one of these folders",
+    "fashion-mnist": "on Debian or Ubuntu install it with 'apt install dataset-fashion-mnist', or put "
+    "train-images-idx3-ubyte.gz and its three companions into one of these folders",
+    "cifar10": "put cifar-10-binary.tar.gz into one of these folders",
+}
+_DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # of the package dataset-fashion-mnist
+
+
+def load(spec: str | Path, split: str = "train", *, cache: Path | None = None) -> Dataset:
+    """Load a data set by name, folder or file.
+
+    spec is one of
+
+    - "digits": the 1797 handwritten 8x8 digits that come with scikit-learn, split 80/20;
+    - a folder of IDX files (MNIST, Fashion-MNIST), zero-padded on both sides to multiples of 8;
+    - CIFAR-10: its binary or its Python archive (.tar.gz), or a folder of the files inside one;
+    - "mnist", "fashion-mnist", "cifar10": such a folder in $FASTDIFF_DATA or ./data;
+    - a folder or zip of images, one subfolder a class (labels in the order of the sorted names). With
+      train/ and test/ (or val/) above the classes, these are the splits; else it is split 90/10. Without
+      subfolders, the images are unlabelled and all of them are split "train";
+    - a folder or zip with the dataset.json of the EDM tools, which holds the labels; all of it is "train".
+
+    Images are grey (C = 1) when every file is, else RGB. Alpha is dropped, an animation gives its first
+    frame, EXIF rotation is not applied. Decoded images are kept as one memory-mapped file in `cache`
+    (default: $FASTDIFF_CACHE, else ~/.cache/fastdiff/data) until a file's name, size or time changes.
+
+    split is "train", "test" or "val"; a folder with val/ but no test/ gives val/ as "test".
+    Raises UserError, naming the file, when the data are missing, damaged, of several sizes or mislabelled,
+    or have no such split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r} of {str(spec)!r}: use one of {', '.join(SPLITS)}")
+    if spec == "digits":
+        return digits.load(split)
+    if spec in _HOW_TO_GET:
+        path, name = _find(spec), spec
+    else:
+        path = Path(spec).expanduser()
+        name = os.path.basename(os.path.abspath(path)).removesuffix(".zip").removesuffix(".tar.gz")
+    if not path.exists():
+        raise UserError(f"there is no data set {str(spec)!r}: give {ACCEPTED}")
+    if path.is_dir() and idx.is_idx(path):
+        return idx.load(path, split, name)
+    if batches := cifar.find(path):
+        return cifar.load(batches, split, name)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return pictures.load(path, split, name, cache)
+    raise UserError(f"{path} is not a data set: give {ACCEPTED}")
+
+
+def _find(name: str) -> Path:
+    """The folder of a data set known by name."""
+    roots = [Path(os.environ["FASTDIFF_DATA"]).expanduser()] if os.environ.get("FASTDIFF_DATA") else []
+    places = [root / name for root in (*roots, Path("data"))]
+    if name in _DEBIAN:
+        places.append(_DEBIAN[name])
+    for place in places:
+        if place.is_dir():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise UserError(f"the data set {name!r} was not found in {looked}: {_HOW_TO_GET[name]}")

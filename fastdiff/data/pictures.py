@@ -1,0 +1,140 @@
+"""Folders and zips of images, decoded once and kept as one memory-mapped file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fastdiff import files
+from fastdiff.data.arrangement import Tree, arrange
+from fastdiff.data.dataset import Dataset, no_split
+from fastdiff.errors import UserError
+
+_GREY_MODES = ("1", "L", "LA", "La")
+_CACHE_VERSION = 1  # raise it when decoding changes
+
+
+def load(path: Path, split: str, name: str, cache: Path | None) -> Dataset:
+    with _open_tree(path) as tree:
+        names, labels, class_names, splits = arrange(tree)
+        if split == "test" and "test" not in splits and "val" in splits:
+            part = splits["val"]
+        elif split in splits:
+            part = splits[split]
+        else:
+            raise no_split(split, path, splits)
+        images = _decoded(tree, names, _cache_folder(cache))
+    return Dataset(images[part], labels[part], class_names, name, split)
+
+
+@contextmanager
+def _open_tree(path: Path) -> Iterator[Tree]:
+    if path.is_dir():
+        found = (Path(top, file) for top, _, files in os.walk(path, followlinks=True) for file in files)
+        names = _visible(file.relative_to(path).as_posix() for file in found)
+        yield Tree(path, names, lambda name: (path / name).open("rb"), lambda name: (path / name).stat())
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a zip ({error}): make it again") from error
+    with archive:
+        stat = path.stat()
+        yield Tree(path, _visible(archive.namelist()), archive.open, lambda name: stat)
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _cache_folder(cache: Path | None) -> Path:
+    return Path(cache or os.environ.get("FASTDIFF_CACHE") or "~/.cache/fastdiff/data").expanduser()
+
+
+def _decoded(tree: Tree, names: list[str], cache: Path) -> np.ndarray:
+    """uint8 (N, C, H, W) of the images in this order, decoded only if the cache does not have them."""
+    path = cache / f"{_digest(tree, names)}.npy"
+    try:
+        if not path.is_file():
+            _write_npy(path, *_decode_all(tree, names))
+        return np.load(path, mmap_mode="r")
+    except OSError as error:  # of the cache: those of the images have become UserErrors
+        warnings.warn(f"cannot keep decoded images in {cache} ({error}); decoding to memory", stacklevel=4)
+    shape, decoded = _decode_all(tree, names)
+    images = np.empty(shape, dtype=np.uint8)
+    for row, image in zip(images, decoded, strict=True):
+        row[:] = image
+    return images
+
+
+def _digest(tree: Tree, names: list[str]) -> str:
+    digest = hashlib.blake2b(os.fsencode(f"{_CACHE_VERSION} {tree.root.resolve()}"), digest_size=16)
+    for name in names:
+        try:
+            stat = tree.stat(name)
+        except OSError as error:  # such as a link to nowhere
+            raise UserError(f"{tree.root / name} cannot be read ({error}): replace or remove it") from error
+        digest.update(os.fsencode(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}"))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open_image(tree: Tree, name: str) -> Iterator[Image.Image]:
+    try:
+        with tree.open(name) as file, Image.open(file) as image:
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types
+        raise UserError(f"{tree.root / name} cannot be decoded ({error}): replace or remove it") from error
+
+
+def _common_format(tree: Tree, names: list[str]) -> tuple[str, tuple[int, int]]:
+    """The Pillow mode ("L" or "RGB") and the (width, height) for all; reads the headers only."""
+    mode, common = "L", None
+    for name in tqdm(names, desc=f"checking {tree.root.name}", disable=len(names) <= 1000):
+        with _open_image(tree, name) as image:
+            common = common or image.size
+            if image.size != common:
+                raise UserError(
+                    f"{tree.root / name} has {image.width}x{image.height} pixels where "
+                    f"{common[0]}x{common[1]} were expected, as in {names[0]}: bring all images to one size"
+                )
+            if image.mode[0] in "IF":  # converting these to 8 bits would clip them
+                raise UserError(f"{tree.root / name} has more than 8 bits a channel: convert it to 8 bits")
+            if image.mode not in _GREY_MODES:
+                mode = "RGB"
+    return mode, common
+
+
+def _decode_all(tree: Tree, names: list[str]) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
+    """The shape (N, C, H, W) of all images together, and the images one by one, uint8 (C, H, W)."""
+    mode, (width, height) = _common_format(tree, names)
+    progress = tqdm(names, desc=f"decoding {tree.root.name}", disable=len(names) <= 1000)
+    shape = (len(names), len(mode), height, width)  # one letter a channel
+    return shape, (_decode(tree, name, mode) for name in progress)
+
+
+def _decode(tree: Tree, name: str, mode: str) -> np.ndarray:
+    with _open_image(tree, name) as image:
+        pixels = np.asarray(image.convert(mode))
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def _write_npy(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:
+    """Write the images as one .npy, which appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.writing(path, shared=True) as unfinished, unfinished.open("xb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(file, header)
+        for image in images:
+            file.write(image.tobytes())
