@@ -33,7 +33,7 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
             if name not in presets:
                 raise UserError(f"unknown preset {name!r}; known: {', '.join(presets)}")
             options = _with_defaults(options, {"preset": name, **presets[name]})
-        given = tyro.cli(options, description=function.__doc__.partition("\n")[0])
+        given = tyro.cli(options, description=(function.__doc__ or "").partition("\n")[0])
         distributed.start()
         if getattr(given, "device", None) == "cpu":
             memory.keep_freed()

@@ -21,17 +21,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-TINY = (
-    "--unet.channels 8 --unet.channel-mult 1 --unet.blocks 1 --unet.attention-resolutions 4 --unet.no-middle-attention"
-)
+TINY = "--unet.channels 8 --unet.channel-mult 1 --unet.blocks 1 --unet.no-middle-attention --unet.attention-resolutions"
 FEW = "--updates 6 --save-every 3 --log-every 2 --batch-size 16 --device cpu --seed 3"
+EDM = "--schedule karras --parameterization edm --weight edm --noise-levels lognormal"
 ROUNDS = f"{FEW} --start-steps 4 --end-steps 1 --last-updates 4"
 RUNS = {
     "teacher": f"train.teacher {TINY} 4 {FEW} --ema 0.9 --flip --unet.dropout 0.1",
     "attending": f"train.teacher {TINY} 8 --unet.head-width 8 {FEW} --ema 0 --accumulate 2",
     "checkpointing": f"train.teacher {TINY} 4 {FEW} --ema 0.9 --gradient-checkpointing --weight-decay 0.1",
     "bf16": f"train.teacher {TINY} 4 {FEW} --precision bf16 --anneal none",
-    "edm": f"train.teacher {TINY} 4 {FEW} --schedule karras --parameterization edm --weight edm --noise-levels lognormal",
+    "edm": f"train.teacher {TINY} 4 {FEW} {EDM}",
     "eps": f"train.teacher {TINY} 4 {FEW} --schedule linear-beta --parameterization eps",
     "unlabelled": f"train.teacher {TINY} 4 {FEW} --no-labels",
     "stage1": f"train.stage1 --teacher teacher {FEW}",
