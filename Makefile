@@ -28,7 +28,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only
 
 inspect: $(READY)
-	$(BIN)/python -m kernels.inspect --markdown docs/kernels.md
+	$(BIN)/python -m kernels.inspect --markdown docs/results/kernels.md
 
 clean:
 	rm -rf $(VENV)

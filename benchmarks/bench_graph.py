@@ -63,6 +63,11 @@ def test_sampling(benchmark, lab, student, steps, contender):
         next(chunks)
     benchmark.group = f"student sampling in {steps} steps"
     lab.run(
-        benchmark, lambda: next(chunks), f"student {steps} steps", "forward", contender,
-        shape=(batch, *student.image_shape), dtype=torch.bfloat16,
-    )  # fmt: skip
+        benchmark,
+        lambda: next(chunks),
+        f"student {steps} steps",
+        "forward",
+        contender,
+        shape=(batch, *student.image_shape),
+        dtype=torch.bfloat16,
+    )

@@ -46,9 +46,12 @@ def sid_passes(teacher: Denoiser, device: torch.device):
     label = torch.arange(BATCH, device=device) % teacher.num_classes
 
     def backward(model: Denoiser, *inputs: torch.Tensor) -> None:
-        torch.autograd.grad(model.network_output(inputs[0] if inputs else z, angle, label, None), inputs or [
-            p for p in model.parameters() if p.requires_grad
-        ], grad, allow_unused=True)  # fmt: skip
+        torch.autograd.grad(
+            model.network_output(inputs[0] if inputs else z, angle, label, None),
+            inputs or [p for p in model.parameters() if p.requires_grad],
+            grad,
+            allow_unused=True,
+        )
 
     def passes() -> None:
         with torch.no_grad():
@@ -147,9 +150,10 @@ def main() -> None:
         "save": save_ratio(denoiser, device),
     }
     what = {
-        "teacher": "an update as its passes and optimizer step alone", "sid": "an iteration as its network calls alone",
+        "teacher": "an update as its passes and optimizer step alone",
+        "sid": "an iteration as its network calls alone",
         "save": f"{SAVE_EVERY} updates with a save as without",
-    }  # fmt: skip
+    }
     for name, value in found.items():
         print(f"{name}: {value:.4f} times as long {what[name]} (batch {BATCH}, {device}); limit {MOST[name]}")
     sys.exit(any(value > MOST[name] for name, value in found.items()))

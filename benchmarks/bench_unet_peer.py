@@ -51,14 +51,22 @@ def pair(config: UNetConfig) -> tuple[nn.Module, UNet]:
     levels = len(config.channel_mult)
     attending = [config.height(level) in config.attention_resolutions for level in range(levels)]
     peer = UNet2DModel(
-        sample_size=config.image_size, in_channels=config.image_channels, out_channels=config.image_channels,
+        sample_size=config.image_size,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
         block_out_channels=tuple(config.channels * mult for mult in config.channel_mult),
-        layers_per_block=config.blocks, attention_head_dim=config.head_width, num_class_embeds=config.num_classes + 1,
-        norm_num_groups=config.groups, attn_norm_num_groups=config.groups, norm_eps=config.eps,
-        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        layers_per_block=config.blocks,
+        attention_head_dim=config.head_width,
+        num_class_embeds=config.num_classes + 1,
+        norm_num_groups=config.groups,
+        attn_norm_num_groups=config.groups,
+        norm_eps=config.eps,
+        resnet_time_scale_shift="scale_shift",
+        downsample_type="resnet",
+        upsample_type="resnet",
         down_block_types=["AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attending],
         up_block_types=["AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attending)],
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             if parameter.ndim == 1:
@@ -130,8 +138,9 @@ def contenders(config: UNetConfig, batch: int) -> tuple[dict[str, Work], dict[st
     calls[LARGE], operations[LARGE] = [(torch.mm, (side, side), {})], 2 * PRODUCT**3
     parts = {
         f"{kind}, {name}": in_fp32(alone(calls[kind], dtype))
-        for kind in calls for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }  # fmt: skip
+        for kind in calls
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
     return networks, parts, operations
 
 

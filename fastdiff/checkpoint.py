@@ -38,9 +38,12 @@ Contents = dict[str, str | dict[str, Tensor]]  # of each file, by name: its JSON
 
 
 def save(
-    folder: str | Path, denoiser: Denoiser, *, state: dict | None = None,
+    folder: str | Path,
+    denoiser: Denoiser,
+    *,
+    state: dict | None = None,
     state_tensors: dict[str, Tensor] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a checkpoint; an existing one in that place is replaced once the new one is complete.
 
     state, state_tensors: what is needed to resume training. Raises UserError where it cannot be written (a full drive,
@@ -67,9 +70,14 @@ class Writer:
         self._under_way: Future | None = None
 
     def save(
-        self, folder: str | Path, denoiser: Denoiser, *, state: dict | None = None,
-        state_tensors: dict[str, Tensor] | None = None, keep: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        denoiser: Denoiser,
+        *,
+        state: dict | None = None,
+        state_tensors: dict[str, Tensor] | None = None,
+        keep: int | None = None,
+    ) -> None:
         """`checkpoint.save` of everything as it is now; it may change once this returns.
 
         Waits for the write under way, so that there is never more than one copy of the tensors in memory. keep: how

@@ -26,7 +26,7 @@ QUIET_START = 1800  # or for that long before the first row: data are read and n
 @dataclass(frozen=True, kw_only=True)
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The folders of runs, or folders of such folders, as the demo and fastdiff.compare make."""
+    """The folders of runs, or folders of such folders, as the demo and train.compare make."""
     json: bool = False
     """Print a list of JSON objects, one a run."""
 

@@ -77,18 +77,39 @@ PRESETS: dict[str, UNetConfig] = {
         (8, 8), 1, 10, channels=32, channel_mult=(1, 1), blocks=1, resample="conv", middle_attention=False
     ),
     "fashion-mnist": UNetConfig(
-        (32, 32), 1, 10, channels=32, channel_mult=(1, 2, 2), blocks=1, patch_size=2, resample="conv",
+        (32, 32),
+        1,
+        10,
+        channels=32,
+        channel_mult=(1, 2, 2),
+        blocks=1,
+        patch_size=2,
+        resample="conv",
         middle_attention=False,
     ),
     "cifar10": UNetConfig(
-        (32, 32), 3, 10, channels=256, channel_mult=(1, 1, 1), blocks=3, attention_resolutions=(16, 8),
-        head_width=64, dropout=0.2,
+        (32, 32),
+        3,
+        10,
+        channels=256,
+        channel_mult=(1, 1, 1),
+        blocks=3,
+        attention_resolutions=(16, 8),
+        head_width=64,
+        dropout=0.2,
     ),
     "imagenet64": UNetConfig(
-        (64, 64), 3, 1000, channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention_resolutions=(32, 16, 8),
-        head_width=64, dropout=0.1,
+        (64, 64),
+        3,
+        1000,
+        channels=192,
+        channel_mult=(1, 2, 3, 4),
+        blocks=3,
+        attention_resolutions=(32, 16, 8),
+        head_width=64,
+        dropout=0.1,
     ),
-}  # fmt: skip
+}
 
 
 def config_from_dict(values: dict) -> UNetConfig:

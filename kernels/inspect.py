@@ -355,11 +355,11 @@ def _widths(counts: dict[int, int]) -> str:
 
 
 def markdown(made: list[Build], targets: list[str]) -> str:
-    """The table of docs/kernels.md: one row per kernel and dtype, over all forms that the cases need."""
+    """The table of docs/results/kernels.md: one row per kernel and dtype, over all forms that the cases need."""
     lines = [
         "# What the compiler made of the kernels",
         "",
-        f"Written by `python -m kernels.inspect --markdown docs/kernels.md` with Triton {triton.__version__}.",
+        f"Written by `python -m kernels.inspect --markdown docs/results/kernels.md` with Triton {triton.__version__}.",
         "",
         "A row is a kernel in all the forms that the shapes of the published U-Nets need, in one dtype of the network.",
         "Columns are the most registers per thread of any form (of 255 on NVIDIA, 512 on AMD), the most shared memory,",

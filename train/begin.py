@@ -46,7 +46,7 @@ def diagram() -> str:
     for recipe, kinds in TAKES.items():
         takes = ", ".join(MODELS[kind].split(" ", 1)[1] for kind in kinds) or "images"
         makes = MODELS[recipe].split(" ", 1)[1]
-        lines.append(f"{takes:<46} ─ train.{recipe:<11} ─► {makes}")
+        lines.append(f"{takes:<67} ─ train.{recipe:<11} ─► {makes}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Every method of [GD], and SiD, on one teacher, in tables: `python -m fastdiff.compare --preset digits`."""
+"""Every method of [GD], and SiD, on one teacher, in tables: `python -m train.compare --preset digits`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from train import encoder, loop, sid, stage1, stage2, teacher, two_student
 
 MethodName = Literal[
     "teacher", "ancestral", "stage1", "deterministic", "stochastic", "fixed", "two-student", "sid", "encoder"
-]  # fmt: skip
+]
 NAMES = {  # of the tables' rows; those with a w of their own are scored at that w alone
     "teacher": "guided teacher, DDIM",
     "ancestral": "guided teacher, ancestral",
@@ -138,9 +138,11 @@ def train_all(options: Options) -> None:
     first, second, each = options.updates or UPDATES[options.preset]
     run, at, asked = _recipe(options), options.out, set(options.methods)
     halving = {
-        "start_steps": START_STEPS, "updates": each, "last_updates": LAST_ROUNDS * each,
+        "start_steps": START_STEPS,
+        "updates": each,
+        "last_updates": LAST_ROUNDS * each,
         "save_every": LAST_ROUNDS * each,
-    }  # fmt: skip
+    }
     teacher.train(run(teacher, "teacher", updates=first))
     if asked & {"stage1", "deterministic", "stochastic", "sid", "encoder"}:
         limits = 0.0, max(4.0, *options.guidance)
@@ -159,9 +161,9 @@ def train_all(options: Options) -> None:
             two_student.train(stage_two)
     if "sid" in asked:
         longest = LAST_ROUNDS * each
-        sid.train(run(
-            sid, "sid", teacher=at / "stage1", updates=longest, save_every=longest, score_num=min(options.num, 256)
-        ))  # fmt: skip
+        sid.train(
+            run(sid, "sid", teacher=at / "stage1", updates=longest, save_every=longest, score_num=min(options.num, 256))
+        )
     if "encoder" in asked:
         encoder.train(run(encoder, "encoder", teacher=at / "stage1", end_steps=ENCODER_STEPS, **halving))
 
@@ -304,7 +306,7 @@ def load_results(options: Options) -> dict:
         results = json.loads(path.read_text())
         before, _ = results["options"], results["rows"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no result of fastdiff.compare: move it away, or choose another --out") from None
+        raise UserError(f"{path} is no result of train.compare: move it away, or choose another --out") from None
     if before != now:
         raise UserError(f"{path} was made with {before}, and this run has {now}: choose another --out")
     return results
@@ -325,15 +327,23 @@ def report(results: dict, out: Path) -> str:
     """report.md: tables laid out as the paper's, rows method × steps with D or S, columns w; `out` has the pictures."""
     rows, reference, made = results["rows"], results["reference"], results["options"]
     lines = [
-        f"# {made['preset']}: every method on one teacher", "",
-        f"Made by `{command(results)}`.", "",
+        f"# {made['preset']}: every method on one teacher",
+        "",
+        f"Made by `{command(results)}`.",
+        "",
         f"Samples: {made['num']} a cell. FD: Fréchet distance on features of {reference['extractor']}, not FID; one "
         f"half of the real images against the other has {reference['half_against_half_fd']:.2f}. Score: exp of the "
         f"mean KL of the predicted classes to their marginal; real images have {reference['score']:.2f}. D: "
-        "deterministic, S: stochastic. Calls: network calls an image at w > 0.", "",
-        *_headline_table(results), *_quality_table(rows, "FD", "fd"), *_quality_table(rows, "Score", "score"),
-        *_timing_table(results), *_reconstruction_table(results), "## Figures", "",
-    ]  # fmt: skip
+        "deterministic, S: stochastic. Calls: network calls an image at w > 0.",
+        "",
+        *_headline_table(results),
+        *_quality_table(rows, "FD", "fd"),
+        *_quality_table(rows, "Score", "score"),
+        *_timing_table(results),
+        *_reconstruction_table(results),
+        "## Figures",
+        "",
+    ]
     names = {"quality-vs-steps.png": "quality against steps", "trade-off.png": "trade-off"}
     names |= {f"samples-w{number(w)}.png": f"samples at w = {number(w)}" for w in _strengths(rows)}
     pictures = [f"![{text}]({name})" for name, text in names.items() if (out / name).is_file()]
@@ -361,7 +371,7 @@ def command(results: dict) -> str:
         key: " ".join(number(value) if isinstance(value, float) else str(value) for value in some)
         for key, some in given.items()
     }
-    return " ".join(["python -m fastdiff.compare", *(f"--{key} {text}" for key, text in values.items() if text)])
+    return " ".join(["python -m train.compare", *(f"--{key} {text}" for key, text in values.items() if text)])
 
 
 def headline(results: dict) -> list[dict]:
@@ -391,13 +401,15 @@ def _headline_table(results: dict) -> list[str]:
     if not found:
         return []
     lines = [
-        "## Headline", "",
+        "## Headline",
+        "",
         f"The guided teacher with {found[0]['teacher']['steps']} DDIM steps, and the student with the fewest steps "
         f"whose FD is at most {WITHIN:g} × the teacher's. ÷: the teacher's network calls, and its time (under "
-        "Wall-clock), over the student's.", "",
+        "Wall-clock), over the student's.",
+        "",
         "| w | teacher's FD | score | student | steps | FD | score | calls ÷ | time ÷ |",
         "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     for line in found:
         student = line["student"]
         cells = [number(line["guidance"]), *(f"{line['teacher'][key]:.2f}" for key in ("fd", "score"))]
@@ -427,14 +439,16 @@ def _timing_table(results: dict) -> list[str]:
     rows, rounds = timing["rows"], timing["rounds"]
     most = max((row["steps"] for row in rows if row["model"] == NAMES["teacher"]), default=None)
     lines = [
-        "## Wall-clock", "",
+        "## Wall-clock",
+        "",
         f"Batches of {timing['batch']}, all in one run on {timing['device']} with {timing['threads']} thread(s): "
         f"{len(rounds)} rounds of the rows with fewer than {SLOW_STEPS} steps (medians), the others once, between the "
         f"rounds. A round took {_number(min(rounds))} to {_number(max(rounds))} s: that is how even the machine was. "
-        + (f"÷: the time of the guided teacher with {most} DDIM steps over the row's." if most else ""), "",
+        + (f"÷: the time of the guided teacher with {most} DDIM steps over the row's." if most else ""),
+        "",
         "| method | D/S | steps | calls | images/s, w > 0 | ÷ | images/s, w = 0 | ÷ |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     for name, steps, start in _lines(rows):
         cells = []
         for guided in (True, False):
@@ -452,8 +466,11 @@ def _reconstruction_table(results: dict) -> list[str]:
     table: dict[str, list[str]] = {}
     for row in rows:
         table.setdefault(row["pair"], []).append(f"{row['calls']} | {row['rmse']:.4f}")
-    lines = ["Test images encoded and decoded as their own class; root mean squared error, for DDIM with or without a "
-             "limit on the predicted image, whichever is less.", ""]  # fmt: skip
+    lines = [
+        "Test images encoded and decoded as their own class; root mean squared error, for DDIM with or without a "
+        "limit on the predicted image, whichever is less.",
+        "",
+    ]
     lines += ["| pair | " + " | ".join(columns) + " |", "|---|" + "---:|---:|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
     return ["## Reconstruction", "", *lines, ""]

@@ -144,9 +144,11 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
         print(f"[{clock}] {name}: {updates} updates{' a round' if name == 'stage2' else ''}")
         halves = name in ("teacher", "stage1")  # the others are short by themselves, or in their rounds
         return replace(
-            recipe, updates=updates, save_every=max(1, updates // 2) if halves else updates,
+            recipe,
+            updates=updates,
+            save_every=max(1, updates // 2) if halves else updates,
             resume=recipe.out.exists(),
-        )  # fmt: skip
+        )
 
     def images(model: Denoiser, loss: loop.Loss, recipe: loop.LoopOptions):
         copied = copy.deepcopy(model).requires_grad_(True)
@@ -213,9 +215,11 @@ def time_all(models: Models, options: Options) -> dict:
     slow = seconds(models.guided, TIMED_STEPS)
     time_students(5)  # before and after, so that a change of the machine's speed shows on both sides
     return {
-        "batch": TIMED_BATCH, "guidance": 1.0, "teacher_steps": TIMED_STEPS,
+        "batch": TIMED_BATCH,
+        "guidance": 1.0,
+        "teacher_steps": TIMED_STEPS,
         **{f"teacher_over_{name}": round(slow / statistics.median(found), 1) for name, found in times.items()},
-    }  # fmt: skip
+    }
 
 
 def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance: float = 1.0) -> None:
@@ -240,17 +244,24 @@ def report(results: dict, options: Options) -> str:
         return find(rows, model, steps, w).fd
 
     lines = [
-        f"# {options.preset}: a guided teacher and its few-step students", "",
+        f"# {options.preset}: a guided teacher and its few-step students",
+        "",
         f"Made by `python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
-        f"--seed {options.seed} --precision {options.precision}`.", "",
-        table(rows, results["reference"]), "",
-        "![samples](samples.png)", "",
-        "Same noise and class in every panel; guidance w = 1.", "",
-        "![quality against network calls](quality-vs-calls.png)", "",
+        f"--seed {options.seed} --precision {options.precision}`.",
+        "",
+        table(rows, results["reference"]),
+        "",
+        "![samples](samples.png)",
+        "",
+        "Same noise and class in every panel; guidance w = 1.",
+        "",
+        "![quality against network calls](quality-vs-calls.png)",
+        "",
         "| Fréchet distance, relative to the 64-step guided teacher's at the same w | "
-        + " | ".join(f"w = {w:g}" for w in GUIDANCE) + " |",
+        + " | ".join(f"w = {w:g}" for w in GUIDANCE)
+        + " |",
         "|---|" + "---:|" * len(GUIDANCE),
-    ]  # fmt: skip
+    ]
     for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS), ("SiD", (1,))):
         for steps in all_steps:
             cells = (f"{fd(model, steps, w) / fd('teacher, DDIM', 64, w):.2f}" for w in GUIDANCE)
@@ -267,8 +278,9 @@ def report(results: dict, options: Options) -> str:
         f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student and "
         f"{timing['teacher_over_sid']:.0f} times as long as the SiD generator.",
         "",
-        "| run | updates | images | minutes |", "|---|---:|---:|---:|",
-    ]  # fmt: skip
+        "| run | updates | images | minutes |",
+        "|---|---:|---:|---:|",
+    ]
     for run in results["training"]:
         lines.append(f"| {run['run']} | {run['updates']} | {run['images']} | {run['seconds'] / 60:.1f} |")
     return "\n".join(lines) + "\n"

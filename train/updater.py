@@ -64,9 +64,12 @@ class Updater:
         self.device = self.parameters[0].device
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
         self.optimizer = optimizer(
-            self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay,
+            self.parameters,
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
             fused=True if self.device.type in ("cpu", "cuda") else None,
-        )  # fmt: skip
+        )
         self.update_count = 0
         self.grad_norm = torch.zeros((), device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)

@@ -13,8 +13,17 @@ from fastdiff.data.dataset import Dataset, check_labels, no_split, numbered
 from fastdiff.errors import UserError
 
 _FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 

@@ -114,11 +114,15 @@ def processes(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = {
         name: subprocess.Popen(
-            [sys.executable, *line], cwd=folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, *line],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for name, line in lines.items()
-    }  # fmt: skip
+    }
     results = {}
     for name, process in started.items():
         out, err = process.communicate(timeout=120)
@@ -230,8 +234,10 @@ def test_dry_run_of_stage2(run, runs):
     )
     assert result.code == 0, result.err
     assert re.findall(r"(\d+) -> (\d+) steps: (\d+)", result.out) == [
-        ("8", "4", "2000"), ("4", "2", "4000"), ("2", "1", "4000"),
-    ]  # fmt: skip
+        ("8", "4", "2000"),
+        ("4", "2", "4000"),
+        ("2", "1", "4000"),
+    ]
     assert "memory" in result.out and not Path("out").exists()
 
 
@@ -288,9 +294,10 @@ def test_data_that_do_not_fit_the_checkpoint(run, runs, tmp_path):
     write_images(tmp_path / "colour")
     write_images(tmp_path / "grey", channels=1)
     for command, option, place in [
-        ("stage1", "--teacher", runs.teacher), ("stage2", "--teacher", runs.stage1),
+        ("stage1", "--teacher", runs.teacher),
+        ("stage2", "--teacher", runs.stage1),
         ("evaluate", "--checkpoint", runs.stage1),
-    ]:  # fmt: skip
+    ]:
         given = [option, place, "--out", "o", "--device", "cpu"]
         assert_refused(run(command, *given, "--data", "colour"), "3×8×8", "1×8×8", place)
         assert_refused(run(command, *given, "--data", "grey"), "2 classes", "10", place)
@@ -353,12 +360,19 @@ def damage(folder, what):
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        ("truncated", "model.safetensors"), ("short by a byte", "model.safetensors"), ("empty", "model.safetensors"),
-        ("no weights", "model.safetensors"), ("half a config", "model.json"), ("a list", "model.json"),
-        ("binary", "model.json"), ("another architecture", "another architecture"), ("unknown field", "nonsense"),
-        ("another format", "format"), ("impossible architecture", "model.json"),
+        ("truncated", "model.safetensors"),
+        ("short by a byte", "model.safetensors"),
+        ("empty", "model.safetensors"),
+        ("no weights", "model.safetensors"),
+        ("half a config", "model.json"),
+        ("a list", "model.json"),
+        ("binary", "model.json"),
+        ("another architecture", "another architecture"),
+        ("unknown field", "nonsense"),
+        ("another format", "format"),
+        ("impossible architecture", "model.json"),
     ],
-)  # fmt: skip
+)
 def test_damaged_checkpoint(run, tmp_path, what, named):
     checkpoint.save(tmp_path / "model", Denoiser(DenoiserConfig(TINY)))
     damage(tmp_path / "model", what)
@@ -418,9 +432,17 @@ def test_training_numbers_without_sense(run, runs, command, option, value):
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--steps", 0), ("--steps", -4), ("--num", 0), ("--num", -1), ("--batch-size", 0), ("--guidance", -0.5),
-     ("--guidance", "nan"), ("--guidance", "inf")],
-)  # fmt: skip
+    [
+        ("--steps", 0),
+        ("--steps", -4),
+        ("--num", 0),
+        ("--num", -1),
+        ("--batch-size", 0),
+        ("--guidance", -0.5),
+        ("--guidance", "nan"),
+        ("--guidance", "inf"),
+    ],
+)
 def test_sampling_numbers_without_sense(run, runs, command, option, value):
     result = run(command, "--checkpoint", runs.stage1, "--device", "cpu", "--out", "x.png", option, value)
     assert_refused(result, option, value)
@@ -611,14 +633,29 @@ def test_evaluate_writes_results(run, runs, extractor):
     found = json.loads(Path("deep/results.json").read_text())
     assert set(found) == {"reference", "rows"}
     assert set(found["reference"]) == {
-        "data", "split", "images", "extractor", "extractor_test_accuracy", "half_against_half_fd", "score",
-    }  # fmt: skip
+        "data",
+        "split",
+        "images",
+        "extractor",
+        "extractor_test_accuracy",
+        "half_against_half_fd",
+        "score",
+    }
     assert found["reference"]["half_against_half_fd"] > 0 and found["reference"]["extractor"] == extractor.name
     assert [row["guidance"] for row in found["rows"]] == [0, 1]
     for row in found["rows"]:
         assert set(row) == {
-            "model", "sampler", "steps", "nfe", "guidance", "fd", "score", "images_per_second", "num", "seed",
-        }  # fmt: skip
+            "model",
+            "sampler",
+            "steps",
+            "nfe",
+            "guidance",
+            "fd",
+            "score",
+            "images_per_second",
+            "num",
+            "seed",
+        }
         assert (row["model"], row["sampler"], row["steps"], row["nfe"]) == (str(place), "ddim", 2, 2)
         assert (row["num"], row["seed"]) == (30, 3)
     assert f"| {place} | 2 | 2 |" in result.out

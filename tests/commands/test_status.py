@@ -105,9 +105,15 @@ def test_a_run_under_way(tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "seconds", "state"),
-    [(0, 1700, "running"), (0, 1900, "stopped"), (3, 290, "running"), (3, 310, "running"), (3, 990, "running"),
-     (3, 1010, "stopped")],
-)  # fmt: skip
+    [
+        (0, 1700, "running"),
+        (0, 1900, "stopped"),
+        (3, 290, "running"),
+        (3, 310, "running"),
+        (3, 990, "running"),
+        (3, 1010, "stopped"),
+    ],
+)
 def test_a_run_that_is_quiet_for_too_long_has_stopped(tmp_path, rows, seconds, state):
     """A row of the log takes 100 · 64 / 32 = 200 s; five of them may be missing."""
     run = make_teacher(tmp_path)
@@ -249,7 +255,13 @@ COMMANDS = {
     "many options": (
         "train.teacher",
         teacher.Options(
-            out=MADE, flip=True, betas=(0.5, 0.75), dropout=0.0, lr=1e-5, data="my data/it's", compile=True,
+            out=MADE,
+            flip=True,
+            betas=(0.5, 0.75),
+            dropout=0.0,
+            lr=1e-5,
+            data="my data/it's",
+            compile=True,
             unet=replace(UNETS["digits"], channels=8, head_width=None, scale_shift=False, attention_resolutions=(4, 2)),
         ),
     ),
@@ -264,7 +276,8 @@ COMMANDS = {
     "stage1": ("train.stage1", stage1.Options(out=MADE, teacher=Path("t"), guidance_range=(0.0, 2.5), clip=False)),
     "stage2": ("train.stage2", stage2.Options(out=MADE, teacher=Path("t"), sampler="stochastic", last_updates=7)),
     "sid": (
-        "train.sid", sid.Options(out=MADE, teacher=Path("t"), class_frequencies=(1.0, 2.5), guidance_range=(1.0, 1.0)),
+        "train.sid",
+        sid.Options(out=MADE, teacher=Path("t"), class_frequencies=(1.0, 2.5), guidance_range=(1.0, 1.0)),
     ),
     "sid's preset": (
         "train.sid",
@@ -272,7 +285,7 @@ COMMANDS = {
     ),
     "encoder": ("train.encoder", encoder.Options(out=MADE, teacher=Path("t"), end_steps=4)),
     "two students": ("train.two_student", two_student.Options(out=MADE, teacher=Path("t"), guidance=2.0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["", "old"])

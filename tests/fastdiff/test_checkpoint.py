@@ -93,17 +93,24 @@ def edit_json(folder: Path, **changes) -> None:
     [
         {},
         {
-            "schedule": LinearBetaSchedule(2e-4, 0.03, 500), "parameterization": "eps", "kind": "stage1",
-            "guidance_range": (0.25, 4.0), "class_names": ("zero", "β", "猫"),
+            "schedule": LinearBetaSchedule(2e-4, 0.03, 500),
+            "parameterization": "eps",
+            "kind": "stage1",
+            "guidance_range": (0.25, 4.0),
+            "class_names": ("zero", "β", "猫"),
         },
         {"schedule": KarrasSchedule(0.01, 50.0, 5.0), "parameterization": "edm"},
         {
-            "schedule": CosineSchedule(15.0), "parameterization": "x", "kind": "stage2", "sampler": "stochastic",
-            "steps": 4, "guidance_range": (0.0, 1.5),
+            "schedule": CosineSchedule(15.0),
+            "parameterization": "x",
+            "kind": "stage2",
+            "sampler": "stochastic",
+            "steps": 4,
+            "guidance_range": (0.0, 1.5),
         },
     ],
     ids=["defaults", "stage1", "edm", "stage2"],
-)  # fmt: skip
+)
 def test_round_trip_is_exact(tmp_path, options):
     denoiser = make(**options)
     assert checkpoint.save(tmp_path / "model", denoiser) == tmp_path / "model"
@@ -124,12 +131,30 @@ def test_a_path_may_be_a_string(tmp_path):
 
 def test_every_architecture_field_round_trips(tmp_path):
     unet = UNetConfig(
-        (8, 4), 1, 0, channels=6, channel_mult=(2, 1), blocks=2, attention_resolutions=(8, 4), head_width=None,
-        dropout=0.25, guidance_input=True, scale_shift=False, resample="conv-asymmetric", resample_skip_conv=True,
-        residual_scale=0.5**0.5, groups=3, min_group_width=2, eps=1e-6, middle_attention=False,
-        decoder_attention="last", qkv_order="head-width-qkv", time_scale=1.0, time_endpoint=True,
+        (8, 4),
+        1,
+        0,
+        channels=6,
+        channel_mult=(2, 1),
+        blocks=2,
+        attention_resolutions=(8, 4),
+        head_width=None,
+        dropout=0.25,
+        guidance_input=True,
+        scale_shift=False,
+        resample="conv-asymmetric",
+        resample_skip_conv=True,
+        residual_scale=0.5**0.5,
+        groups=3,
+        min_group_width=2,
+        eps=1e-6,
+        middle_attention=False,
+        decoder_attention="last",
+        qkv_order="head-width-qkv",
+        time_scale=1.0,
+        time_endpoint=True,
         label_before_mlp=True,
-    )  # fmt: skip
+    )
     checkpoint.save(tmp_path / "model", Denoiser(DenoiserConfig(unet=unet)))
     loaded = checkpoint.load(tmp_path / "model")
     assert loaded.config.unet == unet and loaded.network.config == unet

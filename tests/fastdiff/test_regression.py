@@ -48,8 +48,9 @@ class Network(nn.Module):
 def denoiser(network=None, *, parameterization="v", schedule=SCHEDULES[0], classes=CLASSES, seed=0):
     config = DenoiserConfig(
         unet=UNetConfig(image_size=SHAPE[1:], image_channels=SHAPE[0], num_classes=classes),
-        schedule=schedule, parameterization=parameterization,
-    )  # fmt: skip
+        schedule=schedule,
+        parameterization=parameterization,
+    )
     return Denoiser(config, network=Network(seed, classes) if network is None else network)
 
 
@@ -97,9 +98,12 @@ def long_loss(target, prediction, z, angle, weight):
     in_x = ((cos * z - sin * target) - (cos * z - sin * prediction)).square().flatten(1).mean(1)
     in_eps = ((sin * z + cos * target) - (sin * z + cos * prediction)).square().flatten(1).mean(1)
     return {
-        "v": in_x + in_eps, "snr": in_eps, "snr_trunc": torch.maximum(in_x, in_eps), "constant": in_x,
+        "v": in_x + in_eps,
+        "snr": in_eps,
+        "snr_trunc": torch.maximum(in_x, in_eps),
+        "constant": in_x,
         "edm": in_eps + 4 * in_x,
-    }[weight]  # fmt: skip
+    }[weight]
 
 
 def long_noised(data, angle):

@@ -317,9 +317,12 @@ def test_loss_weights_turn_the_velocity_error_into_the_named_one(angle, seed):
     # SNR·‖x − x̂‖² is the ε-error; +1 and max(·, 1) are [PD]'s two reweightings of it, and +1/σ_data² is [EDM]'s.
     snr = (alpha / sigma) ** 2
     expected = {
-        "v": (snr + 1) * in_x, "snr": in_eps, "snr_trunc": max(snr, 1) * in_x, "constant": in_x,
+        "v": (snr + 1) * in_x,
+        "snr": in_eps,
+        "snr_trunc": max(snr, 1) * in_x,
+        "constant": in_x,
         "edm": (snr + 4) * in_x,
-    }  # fmt: skip
+    }
     assert set(expected) == set(rotation.LOSS_WEIGHTS)
     for name, value in expected.items():
         torch.testing.assert_close(

@@ -162,9 +162,7 @@ def test_generator_gradient_equals_central_differences(alpha, family):
     parameters = list(models[0].parameters())
     loss, _ = sid.generator(*models, batch, alpha=alpha, guidance_range=RANGE)
     _, omega, _ = long_loss(*models, batch, alpha)
-    expected = central_differences(
-        lambda: long_loss(*models, batch, alpha, omega=omega)[0].sum() / 100, parameters
-    )  # fmt: skip
+    expected = central_differences(lambda: long_loss(*models, batch, alpha, omega=omega)[0].sum() / 100, parameters)
     for found, wanted in zip(gradients_of(loss.sum() / 100, parameters), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     moving = central_differences(lambda: long_loss(*models, batch, alpha)[0].sum() / 100, parameters)
@@ -403,9 +401,14 @@ def posterior(noisy, sigma, mean=MEAN, covariance=COVARIANCE):
 def test_one_step_on_gaussian_data_is_the_posterior_mean_of_noise(sigma, family):
     n = stream(draws(32), 0)
     found = samplers.one_step(
-        exact(MEAN, ROOT, family), n, None, None, 1, schedule=FAMILIES[family],
+        exact(MEAN, ROOT, family),
+        n,
+        None,
+        None,
+        1,
+        schedule=FAMILIES[family],
         **({} if sigma == SIGMA else {"sigma": sigma}),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(found.flatten(1), posterior(sigma * n.flatten(1), sigma), rtol=1e-5, atol=1e-6)
 
 
@@ -429,9 +432,17 @@ def test_one_step_is_one_call_at_its_angle_with_all_that_it_was_given():
 
     n, label, w = stream(draws(3), 0), torch.tensor([2, 0, 1]), torch.tensor([0.5, 1.0, 4.0])
     images = samplers.one_step(
-        model, n, label, w, 1, schedule=FAMILIES["v"], sigma=0.75, seed=4, sample_ids=torch.arange(3),
+        model,
+        n,
+        label,
+        w,
+        1,
+        schedule=FAMILIES["v"],
+        sigma=0.75,
+        seed=4,
+        sample_ids=torch.arange(3),
         on_step=lambda i, z: reported.append((i, z)),
-    )  # fmt: skip
+    )
     ((z, angle, seen_label, seen_w),) = calls
     torch.testing.assert_close(z, 0.6 * n)  # tan φ = 3/4
     torch.testing.assert_close(torch.tan(angle), torch.full((3,), 0.75, dtype=torch.float64))
@@ -614,9 +625,16 @@ def test_generator_converges_to_the_data_with_a_score_that_is_learned(tmp_path, 
     monkeypatch.setattr(loop, "preview", lambda *args, **kwargs: None)
     teacher = exact(MEAN, ROOT, "v")
     options = recipe.Options(
-        teacher=tmp_path, out=tmp_path, updates=200, batch_size=128, lr=0.02, fake_lr=0.03, ema=0.0, anneal="linear",
+        teacher=tmp_path,
+        out=tmp_path,
+        updates=200,
+        batch_size=128,
+        lr=0.02,
+        fake_lr=0.03,
+        ema=0.0,
+        anneal="linear",
         device="cpu",
-    )  # fmt: skip
+    )
     updaters, batches = recipe.learning(teacher, options)
     with torch.no_grad():
         updaters[-1].denoiser.network.mean += torch.tensor([-0.5, 0.5, -0.5, 0.5])

@@ -14,9 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdiff.unet import PRESETS, UNet, UNetConfig, config_from_dict, sinusoids
 
 SMALL = UNetConfig(
-    (8, 8), 3, 4, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), head_width=8,
+    (8, 8),
+    3,
+    4,
+    channels=16,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention_resolutions=(4,),
+    head_width=8,
     guidance_input=True,
-)  # fmt: skip
+)
 
 # Counted once and written down. ADM's ImageNet-64 network is published with 296 million parameters, progressive
 # distillation's CIFAR-10 network with about 60; a null label's row is ours.
@@ -369,10 +376,22 @@ def test_a_network_without_levels_is_refused():
 def test_edm_cifar10_architecture_has_its_published_size():
     """EDM's DDPM++ for CIFAR-10: 128 channels, [2, 2, 2], 4 blocks, and an input convolution of 128 channels."""
     config = UNetConfig(
-        (32, 32), 3, channels=128, channel_mult=(2, 2, 2), blocks=4, attention_resolutions=(16,), head_width=None,
-        input_mult=1, scale_shift=False, resample_skip_conv=True, residual_scale=0.5**0.5, eps=1e-6,
-        decoder_attention="last", label_before_mlp=True, time_endpoint=True,
-    )  # fmt: skip
+        (32, 32),
+        3,
+        channels=128,
+        channel_mult=(2, 2, 2),
+        blocks=4,
+        attention_resolutions=(16,),
+        head_width=None,
+        input_mult=1,
+        scale_shift=False,
+        resample_skip_conv=True,
+        residual_scale=0.5**0.5,
+        eps=1e-6,
+        decoder_attention="last",
+        label_before_mlp=True,
+        time_endpoint=True,
+    )
     with torch.device("meta"):
         network = UNet(config)
     assert network.conv_in.out_channels == 128

@@ -117,9 +117,13 @@ def reported(sampler, start, steps, schedule, **options):
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ancestral_is_diffusers_ddpm_in_twenty_steps(spacing, clip, prediction, gamma, feed):
     scheduler = peer(
-        "DDPMScheduler", prediction_type=prediction, variance_type=VARIANCES[gamma], timestep_spacing=spacing,
-        clip_sample=clip is not None, clip_sample_range=clip or 1.0,
-    )  # fmt: skip
+        "DDPMScheduler",
+        prediction_type=prediction,
+        variance_type=VARIANCES[gamma],
+        timestep_spacing=spacing,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
     scheduler.set_timesteps(20)
     timesteps = scheduler.timesteps.tolist()
     assert (timesteps[0], timesteps[-1]) == {"leading": (950, 0), "trailing": (999, 49)}[spacing]

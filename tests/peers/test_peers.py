@@ -280,9 +280,20 @@ def attention_block(
 ADM = UNetConfig((16, 16), 3, 4, channels=32, min_group_width=1, head_width=32)
 EDM_ADM = replace(ADM, min_group_width=4, qkv_order="head-width-qkv")
 DDPMPP = UNetConfig(
-    (16, 16), 3, 4, channels=32, head_width=None, scale_shift=False, resample_skip_conv=True, residual_scale=0.5**0.5,
-    eps=1e-6, decoder_attention="last", qkv_order="head-width-qkv", time_endpoint=True, label_before_mlp=True,
-)  # fmt: skip
+    (16, 16),
+    3,
+    4,
+    channels=32,
+    head_width=None,
+    scale_shift=False,
+    resample_skip_conv=True,
+    residual_scale=0.5**0.5,
+    eps=1e-6,
+    decoder_attention="last",
+    qkv_order="head-width-qkv",
+    time_endpoint=True,
+    label_before_mlp=True,
+)
 
 
 def stage_inputs(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,9 +433,7 @@ def test_outline_of_adm():
     encoder, middle, decoder = outline(UNet(config))
     assert encoder == ["res 32-32", "res 32-32", "down 32-32", "res 32-64@", "res 64-64@"]
     assert middle == ["res 64-64@", "res 64-64"]
-    assert decoder == [
-        "res 128-64@", "res 128-64@", "res 96-64@", "up 64-64", "res 96-32", "res 64-32", "res 64-32"
-    ]  # fmt: skip
+    assert decoder == ["res 128-64@", "res 128-64@", "res 96-64@", "up 64-64", "res 96-32", "res 64-32", "res 64-32"]
     assert outline(UNet(replace(config, attention_resolutions=())))[1] == middle
 
 
@@ -434,17 +443,24 @@ def test_outline_of_ddpmpp():
     encoder, middle, decoder = outline(UNet(config))
     assert encoder == ["res 32-32@", "res 32-32@", "down 32-32", "res 32-64", "res 64-64"]
     assert middle == ["res 64-64@", "res 64-64"]
-    assert decoder == [
-        "res 128-64", "res 128-64", "res 96-64", "up 64-64", "res 96-32", "res 64-32", "res 64-32@"
-    ]  # fmt: skip
+    assert decoder == ["res 128-64", "res 128-64", "res 96-64", "up 64-64", "res 96-32", "res 64-32", "res 64-32@"]
 
 
 def test_outline_of_ddpm():
     """Convolutions between levels, attention after every block of the level of 16×16 pixels and in the middle."""
     config = UNetConfig(
-        (32, 32), 3, channels=32, channel_mult=(1, 2), blocks=1, attention_resolutions=(16,), head_width=None,
-        scale_shift=False, resample="conv-asymmetric", eps=1e-6, time_endpoint=True,
-    )  # fmt: skip
+        (32, 32),
+        3,
+        channels=32,
+        channel_mult=(1, 2),
+        blocks=1,
+        attention_resolutions=(16,),
+        head_width=None,
+        scale_shift=False,
+        resample="conv-asymmetric",
+        eps=1e-6,
+        time_endpoint=True,
+    )
     net = UNet(config)
     assert outline(net) == [
         ["res 32-32", "down 32-32", "res 32-64@"],
@@ -457,9 +473,18 @@ def test_outline_of_ddpm():
 def test_published_parameter_count_of_ddpm():
     """DDPM's CIFAR-10 network has 35.7 M in its paper, and 35,746,307 in diffusers' port."""
     ddpm = UNetConfig(
-        (32, 32), 3, channels=128, channel_mult=(1, 2, 2, 2), blocks=2, attention_resolutions=(16,), head_width=None,
-        scale_shift=False, resample="conv-asymmetric", eps=1e-6, time_endpoint=True,
-    )  # fmt: skip
+        (32, 32),
+        3,
+        channels=128,
+        channel_mult=(1, 2, 2, 2),
+        blocks=2,
+        attention_resolutions=(16,),
+        head_width=None,
+        scale_shift=False,
+        resample="conv-asymmetric",
+        eps=1e-6,
+        time_endpoint=True,
+    )
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(ddpm).parameters()) == 35_746_307
 
@@ -490,9 +515,15 @@ def gaussian_epsilon(z: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 def test_diffusers_ddim_gives_the_same_trajectory(spacing, prediction, clip):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type=prediction, set_alpha_to_one=True,
-        timestep_spacing=spacing, clip_sample=clip is not None, clip_sample_range=clip or 1.0,
-    )  # fmt: skip
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type=prediction,
+        set_alpha_to_one=True,
+        timestep_spacing=spacing,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
     scheduler.set_timesteps(20)
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(10))
     expected, trajectory = noise, []

@@ -205,13 +205,23 @@ def test_the_loss_falls(tmp_path, name):
     """One round from a random teacher, whose steps are far from straight; measured on images not trained on."""
     kind = RECIPES[name][2]
     save_model(
-        tmp_path / "teacher", unet=TINY if kind == "teacher" else TAUGHT, kind=kind,
+        tmp_path / "teacher",
+        unet=TINY if kind == "teacher" else TAUGHT,
+        kind=kind,
         guidance_range=None if kind == "teacher" else LIMITS,
-    )  # fmt: skip
+    )
     student = train(
-        name, tmp_path / "teacher", tmp_path / "run", start_steps=4, updates=50, last_updates=50, save_every=1000,
-        warmup=0, batch_size=16, lr=1e-2,
-    )  # fmt: skip
+        name,
+        tmp_path / "teacher",
+        tmp_path / "run",
+        start_steps=4,
+        updates=50,
+        last_updates=50,
+        save_every=1000,
+        warmup=0,
+        batch_size=16,
+        lr=1e-2,
+    )
     taught = checkpoint.load(tmp_path / "teacher")
     batch = to_device(next(data.Batches(data.load("digits", "test"), 256, seed=7)), 10, 7, torch.device("cpu"))
     loss = {
@@ -257,11 +267,13 @@ def test_the_loss_is_the_one_that_was_asked_for(runs, tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize(
     ("name", "change", "said"),
-    [("stochastic", {"sampler": "ddim"}, "--sampler was stochastic, is ddim"),
-     ("two_student", {"guidance": 2.0}, "--guidance was 1.0, is 2.0"),
-     ("encoder", {"start_steps": 16}, "--start-steps was 8, is 16"),
-     ("encoder", {"weight": "v"}, "--weight was snr_trunc, is v")],
-)  # fmt: skip
+    [
+        ("stochastic", {"sampler": "ddim"}, "--sampler was stochastic, is ddim"),
+        ("two_student", {"guidance": 2.0}, "--guidance was 1.0, is 2.0"),
+        ("encoder", {"start_steps": 16}, "--start-steps was 8, is 16"),
+        ("encoder", {"weight": "v"}, "--weight was snr_trunc, is v"),
+    ],
+)
 def test_a_run_goes_on_with_its_own_options_alone(runs, made, name, change, said):
     before = snapshot(made / name)
     with pytest.raises(UserError, match=said):
@@ -306,8 +318,20 @@ def test_a_command_makes_the_rounds(run, runs, name):
 
 @every_recipe
 def test_a_dry_run_writes_nothing(run, runs, tmp_path, name):
-    result = run(*COMMANDS[name], "--teacher", getattr(runs, RECIPES[name][2]), "--start-steps", 8, "--end-steps", 2,
-                 "--out", "o", "--device", "cpu", "--dry-run")  # fmt: skip
+    result = run(
+        *COMMANDS[name],
+        "--teacher",
+        getattr(runs, RECIPES[name][2]),
+        "--start-steps",
+        8,
+        "--end-steps",
+        2,
+        "--out",
+        "o",
+        "--device",
+        "cpu",
+        "--dry-run",
+    )
     assert result.code == 0 and not result.err, result.err
     assert "8 -> 4 steps: 2000" in result.out and "4 -> 2 steps: 4000" in result.out and "memory" in result.out
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""`fastdiff.compare` with far too small networks: every row, table and figure is there, and nothing is done twice."""
+"""`train.compare` with far too small networks: every row, table and figure is there, and nothing is done twice."""
 
 import json
 import re
@@ -36,8 +36,9 @@ TEACHER = [("guided teacher, DDIM", "D"), ("guided teacher, ancestral", "S")]
 RUNS = ["teacher", "stage1", "stage2", "stochastic", "fixed-w1-stage1", "fixed-w1", "two-student-w1", "sid", "encoder"]
 PAIRS = ["distilled encoder and decoder"] + [
     f"{model}, DDIM, {calls} the calls".replace("as many the", "as many")
-    for model in ("stage 1", "guided teacher") for calls in ("as many", "twice")
-]  # fmt: skip
+    for model in ("stage 1", "guided teacher")
+    for calls in ("as many", "twice")
+]
 
 
 class Counted:
@@ -83,9 +84,13 @@ def counted():
 def made(counted, tmp_path_factory, extractor):
     """The options of a comparison that was interrupted after seven rows, and then made whole. Read it only."""
     options = compare.Options(
-        out=tmp_path_factory.mktemp("compare") / "deep" / "out", guidance=STRENGTHS, teacher_steps=TEACHER_STEPS,
-        num=16, updates=(4, 4, 2), device="cpu",
-    )  # fmt: skip
+        out=tmp_path_factory.mktemp("compare") / "deep" / "out",
+        guidance=STRENGTHS,
+        teacher_steps=TEACHER_STEPS,
+        num=16,
+        updates=(4, 4, 2),
+        device="cpu",
+    )
     counted.stop_after = 7
     with pytest.raises(KeyboardInterrupt):
         compare.main(options)
@@ -154,10 +159,15 @@ def test_every_model_was_distilled_from_the_same_teacher(made):
     assert {path.name for path in made.out.iterdir() if path.is_dir()} == set(RUNS)
     of = {name: Path(option(name, "teacher")).name for name in RUNS if name != "teacher"}
     assert of == {
-        "stage1": "teacher", "stage2": "stage1", "stochastic": "stage1", "fixed-w1-stage1": "teacher",
-        "fixed-w1": "fixed-w1-stage1", "two-student-w1": "teacher", "encoder": "stage1",
+        "stage1": "teacher",
+        "stage2": "stage1",
+        "stochastic": "stage1",
+        "fixed-w1-stage1": "teacher",
+        "fixed-w1": "fixed-w1-stage1",
+        "two-student-w1": "teacher",
+        "encoder": "stage1",
         "sid": "stage1",
-    }  # fmt: skip
+    }
     assert option("stage1", "guidance_range") == [0, 4] and option("fixed-w1-stage1", "guidance_range") == [1, 1]
     assert option("stochastic", "sampler") == "stochastic" and option("two-student-w1", "guidance") == 1
     for name in ("stage2", "stochastic", "fixed-w1", "two-student-w1"):
@@ -254,7 +264,7 @@ def test_reconstruction_is_of_test_images_as_their_own_class(made, results, monk
 
 
 def test_the_report_says_how_it_was_made(report, results):
-    line = next(line for line in report.splitlines() if "python -m fastdiff.compare" in line)
+    line = next(line for line in report.splitlines() if "python -m train.compare" in line)
     for option in ("--preset digits", "--num 16", "--seed 0"):
         assert option in line
     assert results["reference"]["extractor"] in report
@@ -279,8 +289,11 @@ def test_panels_show_what_their_titles_say(made, monkeypatch):
     """The same noise and classes in each, at the strength of the picture's name."""
     saved = {}
     monkeypatch.setattr(figures, "save_panels", lambda panels, path, **_: saved.update({path.name: dict(panels)}))
-    compare.draw({"rows": []}, replace(made, methods=("teacher", "stochastic")), SimpleNamespace(
-        dataset=SimpleNamespace(num_classes=10), floor=0.1))  # fmt: skip
+    compare.draw(
+        {"rows": []},
+        replace(made, methods=("teacher", "stochastic")),
+        SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1),
+    )
     assert set(saved) == {"samples-w0.png", "samples-w1.png"}
     label, ids = torch.arange(10).repeat_interleave(5), torch.arange(5).repeat(10)
     for name, w in (("samples-w0.png", 0.0), ("samples-w1.png", 1.0)):
@@ -358,11 +371,16 @@ def test_a_folder_that_was_moved_or_has_another_path_goes_on(made, counted, tmp_
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"num": 20}, "'num': 16.*'num': 20"), ({"seed": 1}, "--seed was 0, is 1|'seed': 0.*'seed': 1"),
-     ({"updates": (6, 4, 2)}, "updates"), ({"updates": (4, 4, 3)}, "updates"), ({"precision": "bf16"}, "precision"),
-     ({"guidance": (0.0, 5.0)}, "--guidance")],
+    [
+        ({"num": 20}, "'num': 16.*'num': 20"),
+        ({"seed": 1}, "--seed was 0, is 1|'seed': 0.*'seed': 1"),
+        ({"updates": (6, 4, 2)}, "updates"),
+        ({"updates": (4, 4, 3)}, "updates"),
+        ({"precision": "bf16"}, "precision"),
+        ({"guidance": (0.0, 5.0)}, "--guidance"),
+    ],
     ids=["num", "seed", "updates of the teacher", "updates of a round", "precision", "wider guidance"],
-)  # fmt: skip
+)
 def test_other_options_in_the_same_folder_are_refused(made, monkeypatch, change, said):
     """Rows of two settings in one table would be compared although they cannot be."""
     before = contents(made)
@@ -452,9 +470,12 @@ def clock(monkeypatch):
 def timed(tmp_path, teacher_steps):
     """What time_all says of the teacher and of the deterministic students, and seconds by (name, steps, w)."""
     options = compare.Options(
-        out=tmp_path, methods=("teacher", "deterministic"), guidance=(4.0, 0.0, 1.0), teacher_steps=teacher_steps,
+        out=tmp_path,
+        methods=("teacher", "deterministic"),
+        guidance=(4.0, 0.0, 1.0),
+        teacher_steps=teacher_steps,
         device="cpu",
-    )  # fmt: skip
+    )
     rows = [row(line.name, line.steps, w, line.letter) for line in compare.methods(options) for w in line.guidance]
     timing = compare.time_all(options, rows)
     return timing, {(row["model"], row["steps"], row["guidance"]): row["seconds"] for row in timing["rows"]}
@@ -551,13 +572,21 @@ def test_a_report_shows_only_pictures_that_are_there(tmp_path):
 def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
     teacher, student, stochastic = (compare.NAMES[key] for key in ("teacher", "deterministic", "stochastic"))
     rows = [
-        row(teacher, 1024, 0.0, fd=1.0), row(teacher, 64, 0.0, fd=0.9),
-        row(student, 1, 0.0, fd=1.101), row(student, 2, 0.0, fd=1.1), row(student, 4, 0.0, fd=0.8),
-        row(stochastic, 2, 0.0, "S", fd=1.05), row("stage 1 alone", 1, 0.0, fd=0.1), row("fixed w = 0", 1, 0.0, fd=0.1),
-        row(teacher, 1024, 1.0, fd=0.5, nfe=2048), row(student, 1, 1.0, fd=0.56),
-        row(teacher, 1024, 2.0, fd=1.0, nfe=2048), row(student, 1, 2.0, fd=1.0),
-        row(teacher, 64, 4.0, fd=1.0, nfe=128), row(student, 1, 4.0, fd=1.0),
-    ]  # fmt: skip
+        row(teacher, 1024, 0.0, fd=1.0),
+        row(teacher, 64, 0.0, fd=0.9),
+        row(student, 1, 0.0, fd=1.101),
+        row(student, 2, 0.0, fd=1.1),
+        row(student, 4, 0.0, fd=0.8),
+        row(stochastic, 2, 0.0, "S", fd=1.05),
+        row("stage 1 alone", 1, 0.0, fd=0.1),
+        row("fixed w = 0", 1, 0.0, fd=0.1),
+        row(teacher, 1024, 1.0, fd=0.5, nfe=2048),
+        row(student, 1, 1.0, fd=0.56),
+        row(teacher, 1024, 2.0, fd=1.0, nfe=2048),
+        row(student, 1, 2.0, fd=1.0),
+        row(teacher, 64, 4.0, fd=1.0, nfe=128),
+        row(student, 1, 4.0, fd=1.0),
+    ]
     times = [row(teacher, 1024, 0.0, seconds=60.0), row(teacher, 1024, 1.0, seconds=110.0)]
     times += [row(stochastic, 2, 0.0, seconds=0.125), row(student, 1, 1.0, seconds=0.05)]
     timing = {"batch": 8, "device": "cpu", "threads": 1, "rounds": [1.0, 2.0], "rows": times}
@@ -572,7 +601,7 @@ def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
         ["0", "1.00", "2.00", stochastic, "2", "1.05", "2.00", "512", "480"],
         ["1", "0.50", "2.00", "none", "", "", "", "", ""],
         ["2", "1.00", "2.00", student, "1", "1.00", "2.00", "2048", "2200"],
-    ]  # fmt: skip
+    ]
     untimed = table(compare.report(results_of(rows), tmp_path), "Headline")[1:]
     assert [line[7:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
     assert compare.headline(results_of(rows[2:8])) == [] and "Headline" not in compare.report(results_of([]), tmp_path)

@@ -278,9 +278,13 @@ class Lab:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTDIFF_CACHE": str(folder / "cache")}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
         self.server = subprocess.Popen(
-            [sys.executable, __file__], cwd=folder, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, __file__],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         train = data.load("digits", "train")  # an extractor that learned nothing is as good to compare with
         path = folder / "cache" / "features" / f"classifier1-{train.name}-{train.fingerprint}.safetensors"
         metrics._write(path, metrics.Classifier(1, 8, 10), 1.0)

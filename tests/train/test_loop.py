@@ -27,8 +27,11 @@ CONFIG = DenoiserConfig(TINY)
 PLACES = ("whole", "parts")
 DATASET = data.Dataset(
     np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8),
-    np.arange(40) % 10, tuple("0123456789"), "noise", "train",
-)  # fmt: skip
+    np.arange(40) % 10,
+    tuple("0123456789"),
+    "noise",
+    "train",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -267,9 +270,18 @@ def test_log_pictures_and_checkpoints(tmp_path, monkeypatch):
     assert [row["update"] for row in rows] == [3, 6, 9, 10]
     for row in rows:
         assert set(row) == {
-            "run", "update", "images", "kimg", "loss", "loss_quarters", "grad_norm", "lr", "images_per_second", "time",
+            "run",
+            "update",
+            "images",
+            "kimg",
+            "loss",
+            "loss_quarters",
+            "grad_norm",
+            "lr",
+            "images_per_second",
+            "time",
             "memory_gb",
-        }  # fmt: skip
+        }
         assert row["run"] == "run" and row["images"] == 16 * row["update"] and 0.05 < row["memory_gb"] < 100
         assert 0 < row["loss"] < 2 and row["grad_norm"] > 0 and row["images_per_second"] > 0
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
@@ -485,11 +497,23 @@ def test_a_run_stopped_by_a_bad_loss_can_be_continued(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("updates", 0), ("batch_size", -1), ("accumulate", 0), ("lr", 0.0), ("lr", -1.0), ("save_every", 0),
-        ("log_every", 0), ("keep", 0), ("warmup", -1), ("weight_decay", -0.1), ("clip_norm", -1.0), ("seed", -1),
-        ("ema", 1.0), ("ema", -0.1), ("accumulate", 3),
+        ("updates", 0),
+        ("batch_size", -1),
+        ("accumulate", 0),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("save_every", 0),
+        ("log_every", 0),
+        ("keep", 0),
+        ("warmup", -1),
+        ("weight_decay", -0.1),
+        ("clip_norm", -1.0),
+        ("seed", -1),
+        ("ema", 1.0),
+        ("ema", -0.1),
+        ("accumulate", 3),
     ],
-)  # fmt: skip
+)
 def test_options_without_sense_are_refused(name, value):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
         make_options("unused", **{name: value})

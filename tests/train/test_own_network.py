@@ -1,4 +1,4 @@
-"""A network that is not the project's goes through every recipe, as the README shows it."""
+"""A network that is not the project's goes through every recipe, as the guide shows it."""
 
 import json
 import re
@@ -21,8 +21,9 @@ SMALL = {"updates": 2, "batch_size": 8, "device": "cpu"}
 
 @pytest.fixture(scope="module")
 def readme():
-    """What the README's examples in Python make, in a folder of its own."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    """The examples in Python of the README and of the guide to networks of one's own."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text() + (root / "docs/guide/own-network.md").read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
@@ -33,7 +34,7 @@ def made(readme, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(denoiser, "NETWORKS", dict(denoiser.NETWORKS))
-        patch.setattr("train.loop.LoopOptions.device", "cpu")
+        patch.setattr("train.options.LoopOptions.device", "cpu")
         names = {}
         exec(example, names)
         yield folder, names["Mine"]

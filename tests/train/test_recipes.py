@@ -65,9 +65,17 @@ def test_a_batch_moves_to_its_device():
     assert batch.x.dtype == torch.float32 and batch.x.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=["meta", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU; on the meta device every wait raises, too"
-))])  # fmt: skip
+@pytest.fixture(
+    params=[
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="needs a GPU; on the meta device every wait raises, too"
+            ),
+        ),
+    ]
+)
 def where_waiting_raises(request):
     """A device: one without values, or CUDA told to raise when it is waited for."""
     device = torch.device(request.param)
@@ -79,10 +87,16 @@ def where_waiting_raises(request):
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [
-        ("teacher", 0), ("teacher", 2), ("stage1", 1), ("stage2", 0), ("stage2", 2), ("stochastic", 0), ("encoder", 0),
+        ("teacher", 0),
+        ("teacher", 2),
+        ("stage1", 1),
+        ("stage2", 0),
+        ("stage2", 2),
+        ("stochastic", 0),
+        ("encoder", 0),
         ("two_student", 1),
     ],
-)  # fmt: skip
+)
 def test_an_update_never_waits_for_the_device(where_waiting_raises, recipe, kind, tmp_path):
     device = where_waiting_raises
     made, first, second = models_on(device, *KINDS[kind])
@@ -93,11 +107,12 @@ def test_an_update_never_waits_for_the_device(where_waiting_raises, recipe, kind
         "stage1": (first, lambda model, batch: regression.stage1(model, Guided(made), batch, guidance_range=limits)),
         "stage2": (second, lambda model, batch: regression.stage2(model, first, batch, **rounds_of)),
         "stochastic": (
-            second, lambda model, batch: regression.stage2(model, first, batch, sampler="stochastic", **rounds_of),
+            second,
+            lambda model, batch: regression.stage2(model, first, batch, sampler="stochastic", **rounds_of),
         ),
         "encoder": (second, lambda model, batch: regression.encoder(model, first, batch, **rounds_of)),
         "two_student": (made, lambda model, batch: regression.two_student(model, made, batch, steps=4, guidance=1.0)),
-    }[recipe]  # fmt: skip
+    }[recipe]
     options = loop.LoopOptions(out=tmp_path, batch_size=8, accumulate=2, ema=0.999, clip_norm=1.0, weight_decay=0.1)
     updater = loop.Updater(options, model, loss)
     batch = batch_on(device)
@@ -190,10 +205,18 @@ def test_stage1_learns_the_guided_teacher(random_teacher, tmp_path, limits, clip
     made = checkpoint.load(random_teacher)
     student = stage1.train(
         stage1.Options(
-            out=tmp_path / "run", teacher=random_teacher, guidance_range=limits, clip=clip,
-            updates=400 if clip else 80, warmup=0, ema=0.9, batch_size=32, lr=5e-3, device="cpu",
+            out=tmp_path / "run",
+            teacher=random_teacher,
+            guidance_range=limits,
+            clip=clip,
+            updates=400 if clip else 80,
+            warmup=0,
+            ema=0.9,
+            batch_size=32,
+            lr=5e-3,
+            device="cpu",
         )
-    )  # fmt: skip
+    )
     stream = data.Batches(data.load("digits", "test"), 128, seed=7)
     batch = to_device(next(stream), 10, 7, torch.device("cpu"))
     with torch.no_grad():

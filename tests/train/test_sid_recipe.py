@@ -111,26 +111,42 @@ def lines_of(path):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 SENSELESS = [
-    ({"alpha": 0.0}, "--alpha"), ({"alpha": -1.0}, "--alpha"), ({"alpha": 2.1}, "--alpha"),
+    ({"alpha": 0.0}, "--alpha"),
+    ({"alpha": -1.0}, "--alpha"),
+    ({"alpha": 2.1}, "--alpha"),
     ({"alpha": math.nan}, "--alpha"),
-    ({"guidance_t_max": -1.0}, "--guidance-t-max"), ({"guidance_t_max": math.nan}, "--guidance-t-max"),
-    ({"t_max": 0.0}, "--t-max"), ({"t_max": 1001.0}, "--t-max"), ({"t_max": math.nan}, "--t-max"),
-    ({"sigma_min": 0.0}, "--sigma-min"), ({"sigma_min": 80.0}, "--sigma-min"), ({"sigma_min": math.nan}, "--sigma-min"),
-    ({"sigma_max": math.inf}, "--sigma-max"), ({"sigma_max": 0.001}, "--sigma-max"),
-    ({"sigma_init": 0.0}, "--sigma-init"), ({"sigma_init": -2.5}, "--sigma-init"),
-    ({"sigma_init": math.inf}, "--sigma-init"), ({"sigma_init": math.nan}, "--sigma-init"),
-    ({"fake_lr": 0.0}, "--fake-lr"), ({"fake_lr": -1e-3}, "--fake-lr"), ({"fake_lr": math.nan}, "--fake-lr"),
-    ({"score_num": 1}, "--score-num"), ({"score_num": 0}, "--score-num"),
+    ({"guidance_t_max": -1.0}, "--guidance-t-max"),
+    ({"guidance_t_max": math.nan}, "--guidance-t-max"),
+    ({"t_max": 0.0}, "--t-max"),
+    ({"t_max": 1001.0}, "--t-max"),
+    ({"t_max": math.nan}, "--t-max"),
+    ({"sigma_min": 0.0}, "--sigma-min"),
+    ({"sigma_min": 80.0}, "--sigma-min"),
+    ({"sigma_min": math.nan}, "--sigma-min"),
+    ({"sigma_max": math.inf}, "--sigma-max"),
+    ({"sigma_max": 0.001}, "--sigma-max"),
+    ({"sigma_init": 0.0}, "--sigma-init"),
+    ({"sigma_init": -2.5}, "--sigma-init"),
+    ({"sigma_init": math.inf}, "--sigma-init"),
+    ({"sigma_init": math.nan}, "--sigma-init"),
+    ({"fake_lr": 0.0}, "--fake-lr"),
+    ({"fake_lr": -1e-3}, "--fake-lr"),
+    ({"fake_lr": math.nan}, "--fake-lr"),
+    ({"score_num": 1}, "--score-num"),
+    ({"score_num": 0}, "--score-num"),
     ({"class_frequencies": (0.0,) * 10}, "--class-frequencies"),
     ({"class_frequencies": (1.0,) * 9 + (-1.0,)}, "--class-frequencies"),
     ({"class_frequencies": (1.0,) * 9 + (math.inf,)}, "--class-frequencies"),
     ({"class_frequencies": (1.0,) * 9 + (math.nan,)}, "--class-frequencies"),
     ({"class_frequencies": (1.0,) * 9}, "--class-frequencies has 9 numbers"),
-    ({"accumulate": 3}, "--accumulate"), ({"ema": 1.0}, "--ema"), ({"batch_size": 0}, "--batch-size"),
-    ({"device": "tpu"}, "--device"), ({"resume": True, "overwrite": True}, "--resume"),
+    ({"accumulate": 3}, "--accumulate"),
+    ({"ema": 1.0}, "--ema"),
+    ({"batch_size": 0}, "--batch-size"),
+    ({"device": "tpu"}, "--device"),
+    ({"resume": True, "overwrite": True}, "--resume"),
     ({"data": "nowhere"}, "nowhere"),
     ({"guidance_range": (0.0, 1.0)}, "--guidance-range"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "message"), SENSELESS, ids=lambda value: str(value)[:40])
@@ -210,11 +226,12 @@ def test_mistakes_on_the_command_line_give_one_sentence(run, models, arguments, 
         ("edm", {"sigma_max": 100.0, "t_max": 1000.0}, ["80 to 100 ", "--sigma-max"]),
         ("edm", {"sigma_init": 90.0}, ["80 to 90 ", "--sigma-init"]),
         (
-            "linear", {"sigma_max": 1000.0, "t_max": 1000.0},
+            "linear",
+            {"sigma_max": 1000.0, "t_max": 1000.0},
             ["0.002 to 0.01 ", "157 to 1e+03 ", "--sigma-min", "--t-max"],
         ),
     ],
-)  # fmt: skip
+)
 def test_noise_levels_that_the_teacher_lacks_are_named(models, tmp_path, teacher, changes, parts):
     with pytest.raises(UserError) as caught:
         train(models / teacher, tmp_path / "run", **changes)
@@ -233,10 +250,13 @@ def test_a_start_below_what_the_teacher_knows_is_refused(models, tmp_path, sigma
 @pytest.mark.parametrize(
     ("teacher", "changes"),
     [
-        ("linear", {"sigma_min": 0.0101}), ("edm", {}), ("edm", {"t_max": 1000.0}),
-        ("edm", {"sigma_max": 100.0, "t_max": 800.0}), ("edm", {"sigma_init": 80.0}),
+        ("linear", {"sigma_min": 0.0101}),
+        ("edm", {}),
+        ("edm", {"t_max": 1000.0}),
+        ("edm", {"sigma_max": 100.0, "t_max": 800.0}),
+        ("edm", {"sigma_init": 80.0}),
     ],
-)  # fmt: skip
+)
 def test_noise_levels_that_the_teacher_knows_are_taken(models, teacher, changes):
     made = checkpoint.load(models / teacher)
     options = make_options(models / teacher, **changes)
@@ -395,8 +415,9 @@ def test_a_network_that_serves_another_is_in_eval_mode(models):
     for updater in updaters:
         loss = updater.loss
         updater.loss = lambda model, b, loss=loss: (
-            modes.append([m.training for m in (teacher, fake.denoiser, generator.denoiser)]), loss(model, b),
-        )[1]  # fmt: skip
+            modes.append([m.training for m in (teacher, fake.denoiser, generator.denoiser)]),
+            loss(model, b),
+        )[1]
     iterate(updaters, batches, 2)
     assert modes == [[False, True, False], [False, False, True]] * 2
 
@@ -422,15 +443,25 @@ def test_options_reach_the_losses(models, monkeypatch):
 
         monkeypatch.setattr(sid, name, spy)
     _, *updaters, batches = learning(
-        models / "guided", alpha=0.7, t_max=600.0, sigma_init=3.0, sigma_min=0.01, sigma_max=50.0,
-        guidance_range=(1.0, 2.0), guidance_t_max=500.0,
-    )  # fmt: skip
+        models / "guided",
+        alpha=0.7,
+        t_max=600.0,
+        sigma_init=3.0,
+        sigma_min=0.01,
+        sigma_max=50.0,
+        guidance_range=(1.0, 2.0),
+        guidance_t_max=500.0,
+    )
     iterate(updaters, batches)
     levels = KarrasSchedule(0.01, 50.0)
     assert seen["generator"] == {
-        "alpha": 0.7, "t_max": 600.0, "levels": levels, "sigma": 3.0, "guidance_range": (1.0, 2.0),
+        "alpha": 0.7,
+        "t_max": 600.0,
+        "levels": levels,
+        "sigma": 3.0,
+        "guidance_range": (1.0, 2.0),
         "guidance_t_max": 500.0,
-    }  # fmt: skip
+    }
     assert seen["fake_score"] == {"sigma": 3.0, "guidance_range": (1.0, 2.0)}
 
 
@@ -652,8 +683,9 @@ def test_the_checkpoint_is_sampled_and_scored_with_one_call_an_image(made, run):
     assert result.code == 0 and not result.err, result.err
     rows = json.loads(Path("r.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"], row["nfe"], row["guidance"]) for row in rows] == [
-        ("one_step", 1, 1.0, 0.0), ("one_step", 1, 1.0, 2.0),
-    ]  # fmt: skip
+        ("one_step", 1, 1.0, 0.0),
+        ("one_step", 1, 1.0, 2.0),
+    ]
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
@@ -662,7 +694,7 @@ def test_the_checkpoint_is_sampled_and_scored_with_one_call_an_image(made, run):
     [["--sampler", name] for name in ("ddim", "stochastic", "ancestral", "heun")]
     + [["--sampler", "ddim", "--force"], ["--steps", "2"], ["--steps", "2", "--force"]],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_other_samplers_and_steps_are_refused(made, run, command, extra):
     result = run(command, "--checkpoint", made, "--num", "4", "--device", "cpu", "--out", "o.png", *extra)
     assert_refused(result, extra[0], extra[1], made)
@@ -671,9 +703,20 @@ def test_other_samplers_and_steps_are_refused(made, run, command, extra):
 
 def test_its_own_sampler_may_be_named(made, run):
     result = run(
-        "sample", "--checkpoint", made, "--num", "2", "--sampler", "one_step", "--steps", "1", "--device", "cpu",
-        "--out", "o.png",
-    )  # fmt: skip
+        "sample",
+        "--checkpoint",
+        made,
+        "--num",
+        "2",
+        "--sampler",
+        "one_step",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        "o.png",
+    )
     assert result.code == 0 and Path("o.png").is_file(), result.err
 
 
@@ -687,9 +730,13 @@ def test_one_step_is_not_for_other_models(models, run, name):
 def test_a_generator_teaches_no_other_recipe(models, tmp_path):
     common = {"teacher": models / "sid", "out": tmp_path / "run", "device": "cpu"}
     for module, options in (
-        (stage1, {}), (stage2, {"start_steps": 2}), (stage2, {"start_steps": 64}), (encoder, {"start_steps": 2}),
-        (encoder, {"start_steps": 64, "end_steps": 8}), (two_student, {"start_steps": 2, "guidance": 1.0}),
-    ):  # fmt: skip
+        (stage1, {}),
+        (stage2, {"start_steps": 2}),
+        (stage2, {"start_steps": 64}),
+        (encoder, {"start_steps": 2}),
+        (encoder, {"start_steps": 64, "end_steps": 8}),
+        (two_student, {"start_steps": 2, "guidance": 1.0}),
+    ):
         with pytest.raises(UserError):
             module.train(module.Options(**common, **options))
         assert not (tmp_path / "run").exists(), module.__name__
@@ -945,9 +992,20 @@ def test_through_the_command_line_that_is_one_sentence(models, tmp_path, monkeyp
     monkeypatch.setattr("train.updater.MANY_SAMPLES", 16)
     break_from(monkeypatch, 1, 1.0)
     result = run(
-        "sid", "--teacher", models / "guided", "--out", "o", "--device", "cpu", "--batch-size", "16", "--updates", "20",
-        "--log-every", "10",
-    )  # fmt: skip
+        "sid",
+        "--teacher",
+        models / "guided",
+        "--out",
+        "o",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "16",
+        "--updates",
+        "20",
+        "--log-every",
+        "10",
+    )
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.strip().splitlines()[-1].startswith("error: the losses of 160 of 160 samples were not finite")
     assert not list(Path("o").glob("checkpoint-*"))
@@ -1074,10 +1132,12 @@ def test_a_dry_run_counts_what_an_update_holds(runs, capsys):
 @pytest.mark.parametrize(
     ("preset", "parts"),
     [
-        ("cifar10", ["256", "1e-05", "390625", "bf16"]), ("imagenet64", ["8192", "4e-06", "bf16"]),
-        ("ffhq64", ["512", "1e-05", "0.9 0.999"]), ("afhqv2-64", ["512", "5e-06"]),
+        ("cifar10", ["256", "1e-05", "390625", "bf16"]),
+        ("imagenet64", ["8192", "4e-06", "bf16"]),
+        ("ffhq64", ["512", "1e-05", "0.9 0.999"]),
+        ("afhqv2-64", ["512", "5e-06"]),
     ],
-)  # fmt: skip
+)
 def test_presets_hold_the_published_settings(run, preset, parts):
     text = run("sid", "--preset", preset, "--help").out
     for part in parts:
