@@ -5,12 +5,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import command_lines
 import numpy as np
 import pytest
-import test_command_lines as command_lines
+from command_lines import assert_refused
 from common import TINY, randomize
 from PIL import Image
-from test_command_lines import assert_refused
 
 from fastdiff import checkpoint
 from fastdiff.denoiser import Denoiser, DenoiserConfig

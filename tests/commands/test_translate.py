@@ -6,13 +6,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import command_lines
 import numpy as np
 import pytest
-import test_command_lines as command_lines
 import torch
+from command_lines import assert_refused
 from common import TINY, randomize, snapshot
 from PIL import Image
-from test_command_lines import assert_refused
 from torch import nn
 
 from fastdiff import checkpoint, data, samplers

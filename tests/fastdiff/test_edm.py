@@ -6,12 +6,12 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import command_lines
 import pytest
-import test_command_lines as command_lines
 import torch
+from command_lines import assert_refused, write_images
 from common import TINY, randomize
 from scipy import stats
-from test_command_lines import assert_refused, write_images
 from torch import nn
 
 import kernels

@@ -5,11 +5,11 @@ import re
 import shutil
 from dataclasses import replace
 
+import command_lines
 import pytest
-import test_command_lines as command_lines
 import torch
+from command_lines import assert_refused
 from common import TINY, randomize, snapshot
-from test_command_lines import assert_refused
 
 from fastdiff import checkpoint, data, figures, rotation, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance

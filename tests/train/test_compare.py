@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_lines
 import pytest
-import test_command_lines as command_lines
 import torch
 import tyro
+from command_lines import assert_refused
 from common import TINY, snapshot
 from PIL import Image
-from test_command_lines import assert_refused
 
 from fastdiff import checkpoint, data, figures, samplers
 from fastdiff.denoiser import with_guidance

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import command_lines
 import pytest
-import test_command_lines as command_lines
 import torch
-from test_command_lines import assert_refused
+from command_lines import assert_refused
 
 from fastdiff import checkpoint, denoiser
 from fastdiff.denoiser import with_guidance

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_lines
 import numpy as np
 import pytest
-import test_command_lines as command_lines
 import torch
+from command_lines import assert_refused
 from common import TINY, randomize, snapshot
 from scipy import stats
-from test_command_lines import assert_refused
 
 import kernels
 from fastdiff import checkpoint, data, metrics, samplers
