@@ -15,15 +15,21 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checkpoint, checks, cli, data, figures
+from fastdiff import checks, cli, data, figures, files
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
-from fastdiff.evaluate import Reference, evaluate, table
+from fastdiff.evaluate import Reference, table
 from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
-from fastdiff.metrics import Row, find
 from fastdiff.precision import Precision
-from train import loop, rounds, sid, stage1, stage2, teacher
+from fastdiff.run import Run
+from train import rounds, sid, stage1, stage2, teacher
+from train.batches import Batches, ImageBatches
+from train.options import LoopOptions
+from train.report import timing
+from train.report.methods import Method, panels
+from train.report.tables import demo_report, with_steps
+from train.updater import Loss, Updater, update_alone
 
 GUIDANCE = (0.0, 1.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
@@ -33,7 +39,7 @@ RESERVE = 0.07  # of all time, for what was measured too fast
 SCORING = 0.5  # of the time, at most: where the machine is slow, models that are hardly trained would show nothing
 ROUND_UNITS = 3.0  # a round of stage 2 with N ≤ 2 steps lasts as long as three others
 TIMED_STEPS = 1024
-TIMED_BATCH = 128
+TIMED_ROUNDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +76,19 @@ def main(options: Options) -> None:
     reference = Reference.load(spec, device=options.device)
     recipe = _options(teacher, options, "teacher", data=spec, device=options.device, precision=options.precision)
     options = replace(options, precision=teacher.settled_precision(recipe))
-    models = train_all(options, spec, clock)
+    train_all(options, spec, clock)
     print(f"[{clock}] scores")
-    rows = score_all(options, models, reference)
-    timing = time_all(models, options)
-    samples(models, options.out / "samples.png", options.seed)
+    rows = []
+    for method in methods(options):
+        model = method.load(options)
+        rows += [method.score(model, w, options, reference) for w in GUIDANCE]
+    times = time_all(options)
+    samples(options, options.out / "samples.png", reference.dataset.num_classes)
     figures.plot_quality(rows, reference.floor, options.out / "quality-vs-calls.png")
     results = {
         "reference": reference.describe(),
         "rows": [asdict(row) for row in rows],
-        "timing": timing,
+        "timing": times,
         "training": _training(options.out),
         "seconds_of_this_run": round(clock.elapsed()),
         "torch": torch.__version__,
@@ -88,8 +97,8 @@ def main(options: Options) -> None:
         "machine": platform.machine(),
         "peak_memory_gb": _peak_memory_gb(),
     }
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "report.md").write_text(report(results, options))
+    files.replace(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+    files.replace(options.out / "report.md", demo_report(results, options, GUIDANCE))
     print(table(rows, reference.describe()))
     print(f"[{clock}] done: {options.out / 'report.md'}")
 
@@ -110,20 +119,18 @@ class Clock:
         return f"{self.elapsed() / 60:4.1f} min"
 
 
-@dataclass(frozen=True)
-class Models:
-    guided: Guided
-    stage1: Denoiser
-    students: dict[int, Denoiser]
-    sid: Denoiser
-
-    def rows(self) -> list[tuple[str, torch.nn.Module, int]]:
-        """(name, model, steps) of each line of the tables."""
-        rows = [("teacher, DDIM", self.guided, steps) for steps in TEACHER_STEPS]
-        return [*rows, *(("student", self.students[steps], steps) for steps in STUDENT_STEPS), ("SiD", self.sid, 1)]
+def methods(options: Options) -> list[Method]:
+    """The lines of the tables: the guided teacher with DDIM, its students, and SiD's generator."""
+    at = options.out
+    teachers = [Method("teacher", "teacher, DDIM", "D", at / "teacher", "ddim", n, GUIDANCE) for n in TEACHER_STEPS]
+    students = [
+        Method("deterministic", "student", "D", at / "stage2" / rounds.round_name(n), "ddim", n, GUIDANCE)
+        for n in STUDENT_STEPS
+    ]
+    return [*teachers, *students, Method("sid", "SiD", "D", at / "sid", "one_step", 1, GUIDANCE)]
 
 
-def train_all(options: Options, spec: str, clock: Clock) -> Models:
+def train_all(options: Options, spec: str, clock: Clock) -> None:
     """Run, continue or reuse the four recipes; each gets its share of the time that is left when it starts."""
     common = {"data": spec, "device": options.device, "precision": options.precision, "seed": options.seed}
     dataset = data.load(spec, "train")
@@ -134,8 +141,8 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
     remaining = dict(SHARES)
 
     def planned(
-        name: str, recipe: loop.LoopOptions, trial: Callable[[], tuple[list[loop.Updater], loop.Batches]], units: float
-    ) -> loop.LoopOptions:
+        name: str, recipe: LoopOptions, trial: Callable[[], tuple[list[Updater], Batches]], units: float
+    ) -> LoopOptions:
         """The recipe with as many updates as its share of the time allows, or as many as it was begun with."""
         share = remaining.pop(name) / (sum(remaining.values()) + SHARES[name])
         if (updates := _begun(recipe.out)) is None:
@@ -150,9 +157,9 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
             resume=recipe.out.exists(),
         )
 
-    def images(model: Denoiser, loss: loop.Loss, recipe: loop.LoopOptions):
+    def images(model: Denoiser, loss: Loss, recipe: LoopOptions):
         copied = copy.deepcopy(model).requires_grad_(True)
-        return [loop.Updater(recipe, copied, loss)], loop.ImageBatches(dataset, recipe, 0, torch.device(options.device))
+        return [Updater(recipe, copied, loss)], ImageBatches(dataset, recipe, 0, torch.device(options.device))
 
     recipe = planned("teacher", recipe, lambda: images(fresh, regression.teacher, recipe), 1)
     guided = Guided(teacher.train(recipe))
@@ -170,127 +177,36 @@ def train_all(options: Options, spec: str, clock: Clock) -> Models:
     halving = partial(regression.stage2, teacher=first, steps=8, guidance_range=limits)
     recipe = planned("stage2", recipe, lambda: images(first, lambda m, b: halving(m, batch=b), recipe), units)
     stage2.train(replace(recipe, last_updates=int(ROUND_UNITS * recipe.updates)))
-    students = {n: checkpoint.load(recipe.out / f"steps-{n}", device=options.device) for n in STUDENT_STEPS}
 
     recipe = _options(sid, options, "sid", teacher=options.out / "stage1", score_num=max(2, options.num // 4), **common)
     recipe = planned("sid", recipe, lambda: sid.learning(first, recipe), 1)
-    generator = sid.train(recipe)
-    return Models(guided, first, students, generator)
+    sid.train(recipe)
 
 
-def score_all(options: Options, models: Models, reference: Reference) -> list[Row]:
-    """The guided teacher with DDIM and its students, at each guidance strength."""
-    rows = []
-    for name, model, steps in models.rows():
-        for w in GUIDANCE:
-            sampling = Sampling(guidance=w, steps=steps, seed=options.seed, precision=options.precision)
-            rows.append(evaluate(model, reference, sampling, name=name, num=options.num))
-    return rows
-
-
-def time_all(models: Models, options: Options) -> dict:
+def time_all(options: Options) -> dict:
     """Wall-clock of one batch: the 1024-step guided teacher against few-step students, in one run."""
-
-    how = Sampling(guidance=1.0, seed=options.seed, batch_size=TIMED_BATCH, precision=options.precision)
-
-    def seconds(model: torch.nn.Module, steps: int) -> float:
-        start = time.perf_counter()
-        for images in generate(model, TIMED_BATCH, replace(how, steps=steps)):
-            images.cpu()
-        return time.perf_counter() - start
-
-    timed = {"4_step_student": (models.students[4], 4), "1_step_student": (models.students[1], 1)}
-    timed["sid"] = (models.sid, 1)
-    times: dict[str, list[float]] = {name: [] for name in timed}
-
-    def time_students(trials: int) -> None:
-        for _ in range(trials):
-            for name, (model, steps) in timed.items():
-                times[name].append(seconds(model, steps))
-
-    time_students(1)  # warms up
-    seconds(models.guided, 2)
-    times = {name: [] for name in timed}
-    time_students(5)
-    slow = seconds(models.guided, TIMED_STEPS)
-    time_students(5)  # before and after, so that a change of the machine's speed shows on both sides
+    by = {(method.key, method.steps): (method, 1.0) for method in methods(options)}
+    fast = {"4_step_student": by["deterministic", 4], "1_step_student": by["deterministic", 1], "sid": by["sid", 1]}
+    slow = by["teacher", 64][0]._replace(steps=TIMED_STEPS), 1.0
+    times = timing.rounds([*fast.values()], [slow], options, count=TIMED_ROUNDS, first=TIMED_ROUNDS // 2 - 1)
+    (longest,) = times[slow]
+    ratios = {name: round(longest / statistics.median(times[one]), 1) for name, one in fast.items()}
     return {
-        "batch": TIMED_BATCH,
+        "batch": timing.BATCH,
         "guidance": 1.0,
         "teacher_steps": TIMED_STEPS,
-        **{f"teacher_over_{name}": round(slow / statistics.median(found), 1) for name, found in times.items()},
+        **{f"teacher_over_{name}": ratio for name, ratio in ratios.items()},
     }
 
 
-def samples(models: Models, path: Path, seed: int, *, columns: int = 5, guidance: float = 1.0) -> None:
-    """Teacher and students side by side: one row a class, one column a noise, the same in every panel."""
-    classes = models.guided.num_classes
-    panels = [("teacher", models.guided, steps) for steps in (64, 4, 1)]
-    panels += [("student", models.students[steps], steps) for steps in STUDENT_STEPS] + [("SiD", models.sid, 1)]
-    drawn = []
-    for name, model, steps in panels:
-        labels, ids = torch.arange(classes).repeat_interleave(columns), torch.arange(columns).repeat(classes)
-        images = generate(model, labels, Sampling(guidance=guidance, steps=steps, seed=seed), noise_ids=ids)
-        drawn.append((_with_steps(name, steps), torch.cat([part.cpu() for part in images])))
-    figures.save_panels(drawn, path, columns=columns)
+def samples(options: Options, path: Path, classes: int) -> None:
+    """Teacher and students side by side, at w = 1."""
+    shown = [one for one in methods(options) if one.key != "teacher" or one.steps in (64, 4, 1)]
+    title = lambda one: with_steps(one.key if one.key == "teacher" else one.name, one.steps)  # noqa: E731
+    figures.save_panels(panels(shown, 1.0, options, classes, title=title, columns=5), path, columns=5)
 
 
-def report(results: dict, options: Options) -> str:
-    """report.md: the table, the figures that matter, and how to make it again."""
-    rows, timing = [Row(**row) for row in results["rows"]], results["timing"]
-    training = sum(run["seconds"] for run in results["training"])
-
-    def fd(model: str, steps: int, w: float) -> float:
-        return find(rows, model, steps, w).fd
-
-    lines = [
-        f"# {options.preset}: a guided teacher and its few-step students",
-        "",
-        f"Made by `python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
-        f"--seed {options.seed} --precision {options.precision}`.",
-        "",
-        table(rows, results["reference"]),
-        "",
-        "![samples](samples.png)",
-        "",
-        "Same noise and class in every panel; guidance w = 1.",
-        "",
-        "![quality against network calls](quality-vs-calls.png)",
-        "",
-        "| Fréchet distance, relative to the 64-step guided teacher's at the same w | "
-        + " | ".join(f"w = {w:g}" for w in GUIDANCE)
-        + " |",
-        "|---|" + "---:|" * len(GUIDANCE),
-    ]
-    for model, all_steps in (("teacher, DDIM", TEACHER_STEPS[1:]), ("student", STUDENT_STEPS), ("SiD", (1,))):
-        for steps in all_steps:
-            cells = (f"{fd(model, steps, w) / fd('teacher, DDIM', 64, w):.2f}" for w in GUIDANCE)
-            lines.append(f"| {_with_steps(model, steps)} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Training took {training / 60:.1f} minutes in all (below), this run of the command "
-        f"{results['seconds_of_this_run'] / 60:.1f} minutes (it reuses what earlier ones finished), on "
-        f"{results['cores']} cores ({results['machine']}, {results['device']}), with "
-        f"{results['peak_memory_gb']} GB of memory at most.",
-        "",
-        f"Wall-clock per image, one batch of {timing['batch']}, same run: the {timing['teacher_steps']}-step guided "
-        f"teacher takes {timing['teacher_over_4_step_student']:.0f} times as long as the 4-step student, "
-        f"{timing['teacher_over_1_step_student']:.0f} times as long as the 1-step student and "
-        f"{timing['teacher_over_sid']:.0f} times as long as the SiD generator.",
-        "",
-        "| run | updates | images | minutes |",
-        "|---|---:|---:|---:|",
-    ]
-    for run in results["training"]:
-        lines.append(f"| {run['run']} | {run['updates']} | {run['images']} | {run['seconds'] / 60:.1f} |")
-    return "\n".join(lines) + "\n"
-
-
-def _with_steps(name: str, steps: int) -> str:
-    return f"{name}, {steps} step{'s' * (steps > 1)}"
-
-
-def _options(recipe, options: Options, name: str, **fields) -> loop.LoopOptions:
+def _options(recipe, options: Options, name: str, **fields) -> LoopOptions:
     return recipe.Options(
         **(recipe.PRESETS[options.preset] | {"preset": options.preset, "out": options.out / name} | fields)
     )
@@ -299,18 +215,18 @@ def _options(recipe, options: Options, name: str, **fields) -> loop.LoopOptions:
 def _begun(out: Path) -> int | None:
     """The updates that a run in this folder was begun with."""
     try:
-        return json.loads((out / "config.json").read_text())["options"]["updates"]
-    except (OSError, ValueError, KeyError):
+        return Run(out).config()["options"]["updates"]
+    except UserError:
         return None
 
 
-def _update_seconds(updaters: list[loop.Updater], batches: loop.Batches, trials: int = 8) -> float:
+def _update_seconds(updaters: list[Updater], batches: Batches, trials: int = 8) -> float:
     """Median time of an update of all networks that learn."""
     times = []
     for _ in range(trials + 2):
         start = time.perf_counter()
         for updater in updaters:
-            loop.update_alone(updater, updaters, next(batches))
+            update_alone(updater, updaters, next(batches))
             updater.check_finite()  # waits for the device
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
@@ -326,7 +242,7 @@ def _evaluation_seconds(model: Denoiser, options: Options) -> float:
             images.cpu()
         times.append(time.perf_counter() - start)
     calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * (sum(STUDENT_STEPS) + 1)
-    rows = calls * options.num + 2 * TIMED_STEPS * TIMED_BATCH
+    rows = calls * options.num + 2 * TIMED_STEPS * timing.BATCH
     return 1.1 * rows * statistics.median(times[1:]) / batch
 
 
@@ -344,8 +260,7 @@ def _training(out: Path) -> list[dict]:
     """Updates, images and seconds of each run, from the logs."""
     runs: dict[str, dict] = {}
     for name in ("teacher", "stage1", "stage2", "sid"):
-        for line in (out / name / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in Run(out / name).metrics.rows():
             run = runs.setdefault(row["run"], {"run": row["run"], "updates": 0, "images": 0, "seconds": 0.0})
             run["seconds"] += (row["images"] - run["images"]) / row["images_per_second"]
             run["updates"], run["images"] = row["update"], row["images"]

@@ -25,6 +25,9 @@ from fastdiff.metrics import Row
 from fastdiff.schedule import CosineSchedule
 from fastdiff.translate import Pair
 from train import compare, loop, stage2, teacher
+from train.report import methods as lines
+from train.report import tables, timing
+from train.updater import Updater
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -46,7 +49,7 @@ class Counted:
 
     def __init__(self, patch):
         self.updates, self.rows, self.stop_after = [], [], None
-        update, evaluate = loop.Updater.update, compare.evaluate
+        update, evaluate = Updater.update, lines.evaluate
 
         def counted_update(updater, batch):
             self.updates.append(updater.options.out.name)
@@ -58,8 +61,8 @@ class Counted:
             self.rows.append((name, sampling.steps, sampling.guidance))
             return evaluate(model, reference, sampling, name=name, num=num)
 
-        patch.setattr(loop.Updater, "update", counted_update)
-        patch.setattr(compare, "evaluate", counted_evaluate)
+        patch.setattr(Updater, "update", counted_update)
+        patch.setattr(lines, "evaluate", counted_evaluate)
 
     def clear(self):
         self.updates.clear(), self.rows.clear()
@@ -75,7 +78,7 @@ def counted():
         patch.setattr(compare, "START_STEPS", 16)
         patch.setattr(compare, "STUDENT_STEPS", STEPS)
         patch.setattr(compare, "RECONSTRUCTED", 8)
-        patch.setattr(compare, "TIMED_BATCH", 4)
+        patch.setattr(timing, "BATCH", 4)
         patch.setattr(loop, "preview", lambda *args, **kwargs: None)
         yield Counted(patch)
 
@@ -215,7 +218,7 @@ def test_the_headline_sets_a_student_against_the_most_steps_of_the_teacher(resul
     header, *lines = table(report, "Headline")
     assert header == ["w", "teacher's FD", "score", "student", "steps", "FD", "score", "calls ÷", "time ÷"]
     assert [line[0] for line in lines] == ["0", "1"] and "with 2 DDIM steps" in report
-    for line, found in zip(lines, compare.headline(results), strict=True):
+    for line, found in zip(lines, tables.headline(results), strict=True):
         assert line[1] == f"{found['teacher']['fd']:.2f}"
         assert line[3] == ("none" if found["student"] is None else found["student"]["model"])
 
@@ -271,7 +274,7 @@ def test_the_report_says_how_it_was_made(report, results):
 
 
 def test_the_command_in_the_report_makes_the_same_report(made, report):
-    command = re.search(r"`python -m fastdiff\.compare (.*?)`", report)[1]
+    command = re.search(r"`python -m train\.compare (.*?)`", report)[1]
     assert tyro.cli(compare.Options, args=[*shlex.split(command), "--out", str(made.out), "--device", "cpu"]) == made
 
 
@@ -324,14 +327,15 @@ def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(mad
         seen.append(precision)
         return real(*arguments, precision=precision, **others)
 
-    monkeypatch.setattr(compare, "generate", drawn)
+    monkeypatch.setattr(timing, "generate", drawn)
+    monkeypatch.setattr(lines, "generate", drawn)
     monkeypatch.setattr(Pair, "translate", translated)
     monkeypatch.setattr(figures, "save_panels", lambda panels, *_, **__: None)
     options = replace(made, precision=precision, methods=("teacher", "deterministic"), guidance=(1.0,))
     compare.draw({"rows": []}, options, SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1))
-    timing = compare.time_all(options, results["rows"])
+    times = compare.time_all(options, results["rows"])
     errors = compare.reconstruction(options)
-    assert seen == [precision] * (4 + 6 * len(timing["rows"]) + 9)  # panels; timing, with warming up; pairs
+    assert seen == [precision] * (4 + 6 * len(times["rows"]) + 9)  # panels; timing, with warming up; pairs
     exact = [row for row in results["reconstruction"] if row["guidance"] == 1]
     assert errors == exact or precision != "fp32"
 
@@ -384,7 +388,7 @@ def test_a_folder_that_was_moved_or_has_another_path_goes_on(made, counted, tmp_
 def test_other_options_in_the_same_folder_are_refused(made, monkeypatch, change, said):
     """Rows of two settings in one table would be compared although they cannot be."""
     before = contents(made)
-    for place, name in ((loop.Updater, "update"), (compare, "evaluate"), (compare, "reconstruction")):
+    for place, name in ((Updater, "update"), (lines, "evaluate"), (compare, "reconstruction")):
         monkeypatch.setattr(place, name, lambda *args, **how: pytest.fail("it went on"))
     with pytest.raises(UserError, match=said):
         compare.main(replace(made, **change))
@@ -460,10 +464,10 @@ def clock(monkeypatch):
         clock.sampled.append((folder.name, steps, w))
         yield torch.zeros(num)
 
-    monkeypatch.setattr(compare, "generate", generate)
-    monkeypatch.setattr(compare, "with_guidance", lambda folder: folder)
-    monkeypatch.setattr(compare.checkpoint, "load", lambda folder, device: folder)
-    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "generate", generate)
+    monkeypatch.setattr(lines, "with_guidance", lambda folder: folder)
+    monkeypatch.setattr(lines.checkpoint, "load", lambda folder, device: folder)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
@@ -477,8 +481,8 @@ def timed(tmp_path, teacher_steps):
         device="cpu",
     )
     rows = [row(line.name, line.steps, w, line.letter) for line in compare.methods(options) for w in line.guidance]
-    timing = compare.time_all(options, rows)
-    return timing, {(row["model"], row["steps"], row["guidance"]): row["seconds"] for row in timing["rows"]}
+    times = compare.time_all(options, rows)
+    return times, {(row["model"], row["steps"], row["guidance"]): row["seconds"] for row in times["rows"]}
 
 
 def test_slow_rows_are_timed_once_between_rounds_of_the_others(tmp_path, clock):
@@ -547,7 +551,7 @@ def small_report(tmp_path, strengths, fixed):
     rows = [row("stage 1 and 2", steps, w) for steps in (2, 1) for w in strengths]
     rows += [row(f"fixed w = {w:g}", steps, w) for steps in (2, 1) for w in fixed]
     reconstruction = [{"pair": "distilled", "guidance": w, "calls": 16, "rmse": w / 10} for w in strengths]
-    return compare.report(results_of(rows, reconstruction=reconstruction), tmp_path)
+    return tables.report(results_of(rows, reconstruction=reconstruction), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -570,7 +574,7 @@ def test_a_report_shows_only_pictures_that_are_there(tmp_path):
 
 
 def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
-    teacher, student, stochastic = (compare.NAMES[key] for key in ("teacher", "deterministic", "stochastic"))
+    teacher, student, stochastic = (tables.NAMES[key] for key in ("teacher", "deterministic", "stochastic"))
     rows = [
         row(teacher, 1024, 0.0, fd=1.0),
         row(teacher, 64, 0.0, fd=0.9),
@@ -590,21 +594,21 @@ def test_the_headline_takes_the_fewest_steps_that_are_good_enough(tmp_path):
     times = [row(teacher, 1024, 0.0, seconds=60.0), row(teacher, 1024, 1.0, seconds=110.0)]
     times += [row(stochastic, 2, 0.0, seconds=0.125), row(student, 1, 1.0, seconds=0.05)]
     timing = {"batch": 8, "device": "cpu", "threads": 1, "rounds": [1.0, 2.0], "rows": times}
-    found = compare.headline(results_of(rows, timing=timing))
+    found = tables.headline(results_of(rows, timing=timing))
     at = {
         line["guidance"]: (line["student"] and (line["student"]["model"], line["student"]["steps"])) for line in found
     }
     assert at == {0.0: (stochastic, 2), 1.0: None, 2.0: (student, 1)}  # at w = 4 the teacher's most steps are missing
     assert [(line["calls"], line["seconds"]) for line in found] == [(512, 480), (None, None), (2048, 2200)]
-    lines = table(compare.report(results_of(rows, timing=timing), tmp_path), "Headline")[1:]
+    lines = table(tables.report(results_of(rows, timing=timing), tmp_path), "Headline")[1:]
     assert lines == [
         ["0", "1.00", "2.00", stochastic, "2", "1.05", "2.00", "512", "480"],
         ["1", "0.50", "2.00", "none", "", "", "", "", ""],
         ["2", "1.00", "2.00", student, "1", "1.00", "2.00", "2048", "2200"],
     ]
-    untimed = table(compare.report(results_of(rows), tmp_path), "Headline")[1:]
+    untimed = table(tables.report(results_of(rows), tmp_path), "Headline")[1:]
     assert [line[7:] for line in untimed] == [["512", ""], ["", ""], ["2048", ""]]
-    assert compare.headline(results_of(rows[2:8])) == [] and "Headline" not in compare.report(results_of([]), tmp_path)
+    assert tables.headline(results_of(rows[2:8])) == [] and "Headline" not in tables.report(results_of([]), tmp_path)
 
 
 @pytest.fixture
