@@ -176,9 +176,22 @@ class Run:
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             return Saved(rounds, damage=str(error))
 
-    def tensorboard_writer(self):
-        """Where the logs' numbers go too; None where TensorBoard is not installed."""
-        return _tensorboard(self.folder / "tensorboard")
+    @functools.cached_property
+    def tensorboard(self):
+        """Where the logs' numbers go too, to be closed by `close`; None where TensorBoard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(self.folder / "tensorboard")
+
+    def close(self) -> None:
+        """Write what waits, and end what TensorBoard reads."""
+        self.metrics.write()
+        self.scores.write()
+        writer = self.__dict__.pop("tensorboard", None)  # if there is one; a later run may replace the folder
+        if writer is not None:
+            writer.close()
 
     def last_sign_of_life(self) -> float:
         """When anything was last written, in seconds since 1970."""
@@ -210,15 +223,6 @@ def runs_in(folder: Path) -> list[Run]:
     here = (folder / "config.json").exists()
     inside = [] if here else sorted(path.parent for path in folder.glob("*/config.json"))
     return [Run(path) for path in inside or [folder]]
-
-
-@functools.cache
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder)
 
 
 def precision_of(config: dict, device: str) -> str:

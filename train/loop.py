@@ -83,8 +83,7 @@ def run(
                         preview(main.averaged, folder.picture(name, n), options.seed)
             if stopping:
                 break
-        folder.metrics.write()
-        folder.scores.write()
+        folder.close()
         distributed.first(writer.finish)
         if interruption.asked(0):  # also by a signal that came after the last update: a round may follow
             bar.close()
@@ -146,7 +145,7 @@ def _log(updaters: list[Updater], folder: Run, name: str, images_per_second: flo
 def _append(log: Log, row: dict, folder: Run) -> None:
     """To the log, and its numbers to TensorBoard for those who have it installed."""
     log.append(row)
-    writer = folder.tensorboard_writer() if distributed.is_first() else None
+    writer = folder.tensorboard if distributed.is_first() else None
     if writer is not None:
         for key, value in row.items():
             if isinstance(value, float):

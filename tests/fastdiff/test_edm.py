@@ -22,8 +22,9 @@ from fastdiff.losses import regression
 from fastdiff.losses.batch import TIME, Batch
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
-from train import loop
 from train.batches import to_device
+from train.options import LoopOptions
+from train.updater import Updater
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -176,8 +177,8 @@ def test_an_update_never_waits_for_the_device(tmp_path):
         model = Denoiser(DenoiserConfig(TINY, KARRAS, "edm"))
     ids = torch.arange(8)
     given = to_device(data.Batch(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), ids % 10, ids), 10, 1, meta)
-    options = loop.LoopOptions(out=tmp_path, batch_size=8)
-    loop.Updater(options, model, lambda model, batch: regression.teacher(model, batch, **EDM_LOSS)).update(given)
+    options = LoopOptions(out=tmp_path, batch_size=8)
+    Updater(options, model, lambda model, batch: regression.teacher(model, batch, **EDM_LOSS)).update(given)
 
 
 # --- Heun's sampler -----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import PRESETS
-from train.loop import LoopOptions, Updater
+from train.options import LoopOptions
 from train.stage1 import student_of
+from train.updater import Updater
 
 BATCH = 64
 IMAGES = 8  # batches of them: z, the teacher's velocities, the target, …

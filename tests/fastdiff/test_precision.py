@@ -23,6 +23,7 @@ from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.metrics import Row
 from train import begin, compare, demo, encoder, loop, sid, stage1, stage2, teacher, two_student
+from train.options import LoopOptions
 
 CONFIG = DenoiserConfig(TINY)
 
@@ -439,7 +440,7 @@ def test_presets_with_a_precision_can_be_parsed(recipe, monkeypatch):
     given = []
     cli.run(given.append, recipe.Options, recipe.PRESETS)
     assert given[0].precision == "bf16"
-    assert isinstance(given[0], loop.LoopOptions)
+    assert isinstance(given[0], LoopOptions)
 
 
 # --- the benchmark ---

@@ -24,6 +24,8 @@ from fastdiff.schedule import CosineSchedule, KarrasSchedule
 from fastdiff.unet import UNetConfig
 from train import loop
 from train import sid as recipe
+from train.options import LoopOptions
+from train.updater import Updater
 
 CLASSES, SHAPE = 3, (1, 2, 2)
 D = math.prod(SHAPE)
@@ -673,8 +675,8 @@ def updated(updater, batch):
 
 
 def updater_of(model, loss):
-    options = loop.LoopOptions(out=Path("unused"), batch_size=12, clip_norm=0.0)
-    return loop.Updater(options, model, loss, tolerance=0.01)
+    options = LoopOptions(out=Path("unused"), batch_size=12, clip_norm=0.0)
+    return Updater(options, model, loss, tolerance=0.01)
 
 
 BREAKS = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

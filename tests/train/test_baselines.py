@@ -20,6 +20,7 @@ from fastdiff.losses.batch import Batch
 from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from train import encoder, loop, stage2, two_student
 from train.batches import to_device
+from train.updater import Updater
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -54,13 +55,13 @@ def made(runs, tmp_path_factory):
 @pytest.fixture
 def updates(monkeypatch):
     """The number of updates so far, as the length of a list."""
-    done, update = [], loop.Updater.update
+    done, update = [], Updater.update
 
     def counted(self, batch):
         done.append(self.options.out.name)
         return update(self, batch)
 
-    monkeypatch.setattr(loop.Updater, "update", counted)
+    monkeypatch.setattr(Updater, "update", counted)
     return done
 
 

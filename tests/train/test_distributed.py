@@ -106,11 +106,13 @@ def test_sharded_processes_begin_and_others_go_on(alone, tmp_path):
 
 
 SHARES = """
-import torch, train.loop as loop
+import torch
 from fastdiff import distributed
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import UNetConfig
+from train.options import LoopOptions
+from train.updater import new_updater
 
 
 def main():
@@ -118,8 +120,8 @@ def main():
     loss = lambda model, batch: model(batch.x, torch.ones(2)).square().mean((1, 2, 3))
     denoiser = Denoiser(DenoiserConfig(UNetConfig(image_channels=1, image_size=(8, 8), channels=16, head_width=None)))
     total = sum(p.numel() for p in denoiser.parameters())
-    options = loop.LoopOptions(out=None, device="cpu", shard=True, ema=0.9, batch_size=4)
-    updater = loop.new_updater(options, denoiser, loss)
+    options = LoopOptions(out=None, device="cpu", shard=True, ema=0.9, batch_size=4)
+    updater = new_updater(options, denoiser, loss)
     for _ in range(2):
         updater.update(Batch(torch.ones(2, 1, 8, 8), None, torch.arange(2), 0))
         held = {

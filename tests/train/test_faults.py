@@ -38,6 +38,7 @@ from safetensors.torch import save
 from fastdiff import checkpoint, data, evaluate, metrics
 from fastdiff.losses import regression
 from train import loop
+from train.updater import Updater
 
 LONG = os.environ.get("FASTDIFF_FAULTS") == "long"
 SEED = int(os.environ.get("FASTDIFF_FAULTS_SEED") or (time.time_ns() % 10**6 if LONG else 0))
@@ -130,7 +131,7 @@ class Child:
         self.out, self.count, self.moments = out, 0, itertools.count()
         self.before = defaultdict(list)  # what happens before the n-th update of this process
         self.seen, self.signal_at = Counter(), (None, 0, 0.0)
-        real_update, real_write, real_run = loop.Updater.update, checkpoint._write, loop.run
+        real_update, real_write, real_run = Updater.update, checkpoint._write, loop.run
 
         def update(updater, batch):
             if not updater.name:
@@ -156,7 +157,7 @@ class Child:
             note(ran=name)
             return model
 
-        loop.Updater.update, checkpoint._write, loop.run = update, write, run
+        Updater.update, checkpoint._write, loop.run = update, write, run
         sys.addaudithook(self.audit)
 
     def audit(self, event: str, arguments: tuple) -> None:

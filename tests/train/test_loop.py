@@ -7,6 +7,9 @@ import os
 import random
 import shutil
 import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +22,11 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from train import begin, loop
-from train.batches import to_device
+from train.batches import ImageBatches, run_seed, to_device
+from train.interruption import Interruption
+from train.options import LoopOptions
 from train.teacher import RECIPE
+from train.updater import Updater
 
 REAL_PREVIEW = loop.preview
 CONFIG = DenoiserConfig(TINY)
@@ -45,14 +51,14 @@ def teacher_loss(model, batch):
 
 def make_options(out, **changes):
     fields = {"updates": 12, "batch_size": 16, "warmup": 0, "lr": 1e-3, "device": "cpu"} | changes
-    options = loop.LoopOptions(out=out, **fields)
+    options = LoopOptions(out=out, **fields)
     options.check()
     return options
 
 
 def make_updater(loss=teacher_loss, **changes):
     torch.manual_seed(0)
-    return loop.Updater(make_options("unused", **changes), Denoiser(CONFIG), loss)
+    return Updater(make_options("unused", **changes), Denoiser(CONFIG), loss)
 
 
 def make_batches(updater, count):
@@ -242,9 +248,9 @@ def test_compile_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
 
 
 def test_run_seed_differs_by_name_and_seed():
-    seeds = {loop.run_seed(seed, name) for seed in range(5) for name in ("teacher", "stage1", "steps-2", "steps-1")}
+    seeds = {run_seed(seed, name) for seed in range(5) for name in ("teacher", "stage1", "steps-2", "steps-1")}
     assert len(seeds) == 20 and all(0 <= seed < 1 << 64 for seed in seeds)
-    assert loop.run_seed(3, "steps-1") == loop.run_seed(3, "steps-1")
+    assert run_seed(3, "steps-1") == run_seed(3, "steps-1")
 
 
 def test_batches_and_noise_differ_between_runs_of_one_seed(tmp_path):
@@ -379,7 +385,7 @@ def test_a_loss_may_draw_from_any_generator(tmp_path):
 
 
 def test_a_batch_that_was_made_ahead_is_not_skipped():
-    ahead = loop.ImageBatches(DATASET, make_options("nowhere"), 7, torch.device("cpu"))
+    ahead = ImageBatches(DATASET, make_options("nowhere"), 7, torch.device("cpu"))
     plain = data.Batches(DATASET, 16, seed=7)
     for position in range(3):
         assert ahead.state() == plain.state()
@@ -574,7 +580,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_exactly(tmp_path, capsys, 
 def test_a_second_signal_ends_at_once(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with loop.Interruption() as interruption:
+    with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.asked(1) and not ended
         os.kill(os.getpid(), signal.SIGTERM)
@@ -627,3 +633,41 @@ def test_a_signal_that_comes_while_an_update_is_logged_stops_after_the_next_one(
     told = capsys.readouterr().out
     (update,) = [n for n in range(1, 13) if f"stopped after update {n} of 12" in told]
     assert (tmp_path / "run" / f"checkpoint-{update:07d}").is_dir()
+
+
+# --- TensorBoard ---
+
+
+class Board:
+    """TensorBoard's writer: a file that is open from the first value until it is closed."""
+
+    made = None
+
+    def __init__(self, folder):
+        self.values, self.folder, self.closed = [], Path(folder), False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "events").touch()
+        self.made.append(self)
+
+    def add_scalar(self, key, value, images):
+        assert not self.closed
+        self.values.append((key, value, images))
+
+    def flush(self):
+        assert (self.folder / "events").exists(), "the run was replaced under it"
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard_gets_the_numbers_and_is_closed_before_the_run_may_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    monkeypatch.setattr(Board, "made", [])
+    for overwrite in (False, True):
+        fit(tmp_path / "run", updates=2, log_every=1, overwrite=overwrite)
+    first, second = Board.made
+    rows = read_log(tmp_path / "run")
+    assert [v for v in second.values if v[0].endswith("/loss")] == [
+        (f"{row['run']}/loss", row["loss"], row["images"]) for row in rows
+    ]
+    assert first.closed and second.closed and first.folder == tmp_path / "run/tensorboard"

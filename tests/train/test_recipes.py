@@ -20,19 +20,21 @@ from fastdiff.losses import regression
 from fastdiff.unet import UNetConfig
 from train import loop, rounds, stage1, stage2, teacher
 from train.batches import to_device
+from train.options import LoopOptions
+from train.updater import Updater
 
 META = torch.device("meta")
 
 
 def count_updates(monkeypatch):
     calls = []
-    update = loop.Updater.update
+    update = Updater.update
 
     def counted(self, batch):
         calls.append(self.options.out.name)
         return update(self, batch)
 
-    monkeypatch.setattr(loop.Updater, "update", counted)
+    monkeypatch.setattr(Updater, "update", counted)
     return calls
 
 
@@ -113,8 +115,8 @@ def test_an_update_never_waits_for_the_device(where_waiting_raises, recipe, kind
         "encoder": (second, lambda model, batch: regression.encoder(model, first, batch, **rounds_of)),
         "two_student": (made, lambda model, batch: regression.two_student(model, made, batch, steps=4, guidance=1.0)),
     }[recipe]
-    options = loop.LoopOptions(out=tmp_path, batch_size=8, accumulate=2, ema=0.999, clip_norm=1.0, weight_decay=0.1)
-    updater = loop.Updater(options, model, loss)
+    options = LoopOptions(out=tmp_path, batch_size=8, accumulate=2, ema=0.999, clip_norm=1.0, weight_decay=0.1)
+    updater = Updater(options, model, loss)
     batch = batch_on(device)
     if device.type == "cuda":
         updater.update(batch)  # compiles and chooses

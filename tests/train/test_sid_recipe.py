@@ -28,6 +28,7 @@ from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
 from train import begin, commands, encoder, loop, stage1, stage2, two_student
 from train import sid as recipe
+from train.updater import Updater, update_alone
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -85,7 +86,7 @@ def learning(of, **changes):
 def iterate(updaters, batches, count=1):
     for _ in range(count):
         for updater in updaters:
-            loop.update_alone(updater, updaters, next(batches))
+            update_alone(updater, updaters, next(batches))
 
 
 def state_of(model):
@@ -384,7 +385,7 @@ def test_an_update_changes_one_network_alone(models):
     for updater, changed in ((fake, {"fake"}), (generator, {"generator", "average"}), (fake, {"fake"})):
         before = {name: state_of(model) for name, model in held.items()}
         moments = {id(u): copy.deepcopy(u.optimizer.state_dict()) for u in updaters}
-        loop.update_alone(updater, updaters, next(batches))
+        update_alone(updater, updaters, next(batches))
         assert {name for name, model in held.items() if not same(model, before[name])} == changed
         assert all(p.grad is None for model in held.values() for p in model.parameters())
         other = fake if updater is generator else generator
@@ -861,14 +862,14 @@ LONG = {"updates": 8, "save_every": 4, "log_every": 2, "lr": 1e-3, "ema": 0.9, "
 
 def interrupt(monkeypatch, update):
     """Stop in the generator's part of an update, after the fake score's."""
-    real = loop.Updater.update
+    real = Updater.update
 
     def stopping(self, batch):
         if not self.name and self.update_count + 1 == update:
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(loop.Updater, "update", stopping)
+    monkeypatch.setattr(Updater, "update", stopping)
 
 
 def without_clocks(rows):

@@ -13,8 +13,9 @@ from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import UNetConfig
 from kernels.fused.launch import listen
-from train.loop import LoopOptions, Updater
+from train.options import LoopOptions
 from train.stage1 import student_of
+from train.updater import Updater
 
 BATCH = 2
 TINY = UNetConfig(
