@@ -1,0 +1,66 @@
+"""What the tests of SiD's recipe share: tiny runs, and updates one by one."""
+
+import json
+from pathlib import Path
+
+import torch
+from common import TINY, randomize
+
+from fastdiff import checkpoint
+from fastdiff.denoiser import Denoiser, DenoiserConfig
+from train import loop
+from train import sid as recipe
+from train.updater import update_alone
+
+REAL_PREVIEW = loop.preview
+CPU, META = torch.device("cpu"), torch.device("meta")
+LIMITS = (0.0, 4.0)
+
+
+def make_options(of, out="unused", **changes):
+    fields = {"updates": 6, "batch_size": 16, "save_every": 3, "score_num": 16, "log_every": 2, "device": "cpu"}
+    return recipe.Options(teacher=Path(of), out=Path(out), **(fields | changes))
+
+
+def train(of, out, **changes):
+    return recipe.train(make_options(of, out, **changes))
+
+
+def save_model(folder, *, unet=TINY, **config):
+    """A checkpoint with random weights, in which labels and guidance matter."""
+    checkpoint.save(folder, randomize(Denoiser(DenoiserConfig(unet, **config)), scale=0.2))
+    return folder
+
+
+def learning(of, **changes):
+    """(teacher, fake score's updater, generator's updater, batches) as the recipe makes them."""
+    teacher = checkpoint.load(of)
+    torch.manual_seed(0)
+    (fake, generator), batches = recipe.learning(teacher, make_options(of, **changes))
+    return teacher, fake, generator, batches
+
+
+def iterate(updaters, batches, count=1):
+    for _ in range(count):
+        for updater in updaters:
+            update_alone(updater, updaters, next(batches))
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(model, state):
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def assert_same_weights(first, second, **tolerance):
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def lines_of(path):
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
