@@ -26,6 +26,12 @@ def device(name: str) -> None:
         )
 
 
+def graph(choice: str, device: str) -> None:
+    """Raises UserError where a CUDA graph is insisted on without CUDA."""
+    if choice == "on" and not device.startswith("cuda"):
+        raise UserError(f"--graph on needs a CUDA device; --device is {device}: leave the option out")
+
+
 def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> None:
     """Raises UserError for a w that makes no sense here, and warns of one outside the trained range."""
     trained = model.config.guidance_range

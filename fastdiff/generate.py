@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from fastdiff import distributed, samplers, streams
+from fastdiff import distributed, graph, samplers, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
-from fastdiff.graph import Captured
 from fastdiff.precision import Precision, autocast
 from fastdiff.samplers import SAMPLERS
 
@@ -39,9 +38,9 @@ class Sampling:
     """Images at a time; the images do not depend on it."""
     precision: Precision = "fp32"
     """bf16: autocast of the network; auto: bf16 where it is found to be faster and within 2e-2 of fp32."""
-    graph: bool = False
-    """Record the whole loop of a batch as one CUDA graph and replay it for those that follow: for batches too small to
-    keep a GPU busy. Not measured yet."""
+    graph: graph.Choice = "auto"
+    """Record the whole loop of a batch as one CUDA graph and replay it for those that follow, so that the GPU never
+    waits for Python. auto: on CUDA, and without one where that fails."""
 
     def settled(self, config: DenoiserConfig) -> Sampling:
         """With the steps and the sampler that a model was trained for, where it names none."""
@@ -58,10 +57,11 @@ def generate(
 
     labels: (N,) int64; or a number N, for the classes 0, 1, …, num_classes − 1, 0, … in turn, and for models without
     classes. noise_ids: (N,) int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance),
-    whatever the chunk size. Teachers' guidance takes two calls a step. graph: replay the loop of all steps as one CUDA
-    graph, from the second chunk on (`graph.Captured`).
+    whatever the chunk size. Teachers' guidance takes two calls a step. With a graph, the loop of all steps is replayed
+    from the second chunk on (`graph.Captured`).
 
-    Raises ValueError for an encoder, for precision auto (see `precision.choose`), and for a graph on no GPU.
+    Raises ValueError for an encoder, for precision auto (see `precision.choose`), and for graph "on" without a GPU;
+    there UserError where it cannot be recorded.
     """
     if isinstance(model, Denoiser):
         model = with_guidance(model)
@@ -100,6 +100,7 @@ def _batch(model: nn.Module, sampling: Sampling, device: torch.device) -> Callab
         with autocast(sampling.precision, device):
             return SAMPLERS[sampling.sampler](model, noise, label, w, sampling.steps, sample_ids=sample_ids, **how)
 
-    if not sampling.graph:
+    if not graph.wanted(sampling.graph, device):
         return draw
-    return Captured(draw, model.denoiser if isinstance(model, Guided) else model, device)
+    counter = model.denoiser if isinstance(model, Guided) else model
+    return graph.Captured(draw, counter, device, insists=sampling.graph == "on")

@@ -41,8 +41,7 @@ class SamplingOptions(Sampling, _Checkpoint):
         if not 0 <= self.variance <= 1:
             raise UserError(f"--variance must be in [0, 1], got {self.variance}")
         checks.device(self.device)
-        if self.graph and self.device == "cpu":
-            raise UserError(f"--graph needs a CUDA device; --device is {self.device}: leave the option out")
+        checks.graph(self.graph, self.device)
         model = checkpoint.load(self.checkpoint, device=self.device)
         checks.sampling(self, model.config, self.checkpoint, force=self.force)
         return with_guidance(model)

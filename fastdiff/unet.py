@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 
 GUIDANCE_FREQUENCIES = 32  # per cosine and sine, geometric between the two below, in radians per unit of w
 GUIDANCE_SLOWEST, GUIDANCE_FASTEST = 0.05, 10.0
+KEEP_DROPPED = partial(create_selective_checkpoint_contexts, [torch.ops.aten.native_dropout.default])
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ class UNet(nn.Module):
 
     def _run(self, stage: Stage, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, embedding, use_reentrant=False)
+            # What is dropped is kept, not drawn again: the generator cannot be set back where a CUDA graph is recorded.
+            drops = {"context_fn": KEEP_DROPPED} if self.training and stage.drops() else {}
+            return checkpoint(stage, h, embedding, use_reentrant=False, preserve_rng_state=False, **drops)
         return stage(h, embedding)
 
 
@@ -228,6 +232,9 @@ class Stage(nn.Module):
         else:
             self.block = ResamplingConv(config, channels, resample)
         self.attention = Attention(config, out) if attention else None
+
+    def drops(self) -> bool:
+        return isinstance(self.block, ResidualBlock) and self.block.dropout.p > 0
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.block(x, embedding)
@@ -255,7 +262,9 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h, scale, shift, silu=True)
         else:
             h = self.norm2(h + modulation[:, :, None, None], silu=True)
-        h = self.conv2(self.dropout(h))
+        if self.training and self.dropout.p:
+            h, _ = torch.native_dropout(h, self.dropout.p, True)  # one operation on every device, as KEEP_DROPPED asks
+        h = self.conv2(h)
         return _residual(self.skip(_resample(x, self.resample)), h, self.residual_scale)
 
 

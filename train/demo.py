@@ -24,12 +24,13 @@ from fastdiff.losses import regression
 from fastdiff.precision import Precision
 from fastdiff.run import Run
 from train import rounds, sid, stage1, stage2, teacher
-from train.batches import Batches, ImageBatches
+from train.batches import ImageBatches
+from train.iteration import WARM_UP, Iteration
 from train.options import LoopOptions
 from train.report import timing
 from train.report.methods import Method, panels
 from train.report.tables import demo_report, with_steps
-from train.updater import Loss, Updater, update_alone
+from train.updater import Loss, Updater
 
 GUIDANCE = (0.0, 1.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
@@ -140,14 +141,12 @@ def train_all(options: Options, spec: str, clock: Clock) -> None:
     evaluation = min(_evaluation_seconds(fresh, options), SCORING * clock.left())
     remaining = dict(SHARES)
 
-    def planned(
-        name: str, recipe: LoopOptions, trial: Callable[[], tuple[list[Updater], Batches]], units: float
-    ) -> LoopOptions:
+    def planned(name: str, recipe: LoopOptions, trial: Callable[[], Iteration], units: float) -> LoopOptions:
         """The recipe with as many updates as its share of the time allows, or as many as it was begun with."""
         share = remaining.pop(name) / (sum(remaining.values()) + SHARES[name])
         if (updates := _begun(recipe.out)) is None:
             seconds = max(0.0, clock.left() - evaluation) * share
-            updates = max(20, int(seconds / _update_seconds(*trial()) / units))
+            updates = max(20, int(seconds / _update_seconds(trial()) / units))
         print(f"[{clock}] {name}: {updates} updates{' a round' if name == 'stage2' else ''}")
         halves = name in ("teacher", "stage1")  # the others are short by themselves, or in their rounds
         return replace(
@@ -157,9 +156,9 @@ def train_all(options: Options, spec: str, clock: Clock) -> None:
             resume=recipe.out.exists(),
         )
 
-    def images(model: Denoiser, loss: Loss, recipe: LoopOptions):
-        copied = copy.deepcopy(model).requires_grad_(True)
-        return [Updater(recipe, copied, loss)], ImageBatches(dataset, recipe, 0, torch.device(options.device))
+    def images(model: Denoiser, loss: Loss, recipe: LoopOptions) -> Iteration:
+        updater = Updater(recipe, copy.deepcopy(model).requires_grad_(True), loss)
+        return Iteration([updater], ImageBatches(dataset, recipe, 0, updater.device), recipe)
 
     recipe = planned("teacher", recipe, lambda: images(fresh, regression.teacher, recipe), 1)
     guided = Guided(teacher.train(recipe))
@@ -179,7 +178,7 @@ def train_all(options: Options, spec: str, clock: Clock) -> None:
     stage2.train(replace(recipe, last_updates=int(ROUND_UNITS * recipe.updates)))
 
     recipe = _options(sid, options, "sid", teacher=options.out / "stage1", score_num=max(2, options.num // 4), **common)
-    recipe = planned("sid", recipe, lambda: sid.learning(first, recipe), 1)
+    recipe = planned("sid", recipe, lambda: Iteration(*sid.learning(first, recipe), recipe), 1)
     sid.train(recipe)
 
 
@@ -220,16 +219,16 @@ def _begun(out: Path) -> int | None:
         return None
 
 
-def _update_seconds(updaters: list[Updater], batches: Batches, trials: int = 8) -> float:
+def _update_seconds(iterate: Iteration, trials: int = 8) -> float:
     """Median time of an update of all networks that learn."""
     times = []
-    for _ in range(trials + 2):
+    for _ in range(trials + WARM_UP):
         start = time.perf_counter()
-        for updater in updaters:
-            update_alone(updater, updaters, next(batches))
+        iterate()
+        for updater in iterate.updaters:
             updater.check_finite()  # waits for the device
         times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return statistics.median(times[WARM_UP:])
 
 
 def _evaluation_seconds(model: Denoiser, options: Options) -> float:

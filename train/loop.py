@@ -20,8 +20,9 @@ from fastdiff.run import Log, Run
 from train import generators
 from train.batches import Batches, ImageBatches, run_seed
 from train.interruption import Interruption
+from train.iteration import Iteration
 from train.options import LoopOptions
-from train.updater import Loss, Updater, new_updater, update_alone
+from train.updater import Loss, Updater, new_updater
 
 Watch = Callable[[Denoiser, dict | None], dict]  # the model in eval mode, and its last scores -> its scores
 
@@ -54,13 +55,13 @@ def run(
     if options.compile:
         for updater in updaters:
             updater.denoiser.network.compile()
+    iterate = Iteration(updaters, batches, options)
     speed = _Speed(main.update_count)
 
     with Interruption() as interruption, checkpoint.Writer() as writer, _bar(main, name) as bar:
         while main.update_count < options.updates:
             # Train
-            for updater in updaters:
-                update_alone(updater, updaters, next(batches))
+            iterate()
             bar.update()
 
             # Maintenance

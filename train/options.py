@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastdiff import checks, cli, distributed
+from fastdiff import checks, cli, distributed, graph
 from fastdiff.errors import UserError
 from fastdiff.precision import Precision
 from fastdiff.unet import UNetConfig
@@ -33,6 +33,7 @@ MAY_CHANGE = {
     "dry_run",
     "out",
     "device",
+    "graph",
     "shard",
     "shard_teacher",
 }
@@ -81,6 +82,9 @@ class LoopOptions:
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
     """torch.compile the trained network."""
+    graph: graph.Choice = "auto"
+    """Record an update as a CUDA graph and replay it, so that the GPU never waits for Python. auto: on CUDA, and
+    without one where that fails."""
     shard: bool = False
     """Split weights, gradients, moments and average of the trained networks over the processes (FSDP2)."""
     shard_teacher: bool = False
@@ -133,7 +137,10 @@ class LoopOptions:
             raise UserError("--shard does not go together with --compile: choose one")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: choose one")
+        if self.shard and self.graph == "on":
+            raise UserError("--shard does not go together with --graph on: choose one")
         checks.device(self.device)
+        checks.graph(self.graph, self.device)
 
     def plain(self) -> dict:
         """As config.json holds them."""

@@ -32,12 +32,11 @@ def new_updater(options: LoopOptions, denoiser: Denoiser, loss: Loss, **settings
     return Updater(options, denoiser.requires_grad_(True), loss, **settings)
 
 
-def update_alone(updater: Updater, updaters: list[Updater], batch: Batch) -> None:
-    """Update one of several networks; the others pass gradients on but collect none."""
+def learn_alone(updater: Updater, updaters: list[Updater]) -> None:
+    """Let one of several networks learn; the others pass gradients on but collect none."""
     for other in updaters if len(updaters) > 1 else ():
         other.denoiser.requires_grad_(other is updater)
         other.denoiser.train(other is updater)
-    updater.update(batch)
 
 
 class Updater:
@@ -47,7 +46,10 @@ class Updater:
 
     name: before the names of its tensors and logs, where several networks learn. tolerance: the share of samples whose
     loss may be not finite. Those are left out and counted, and what is not finite in a gradient is replaced; with 0,
-    the first ends the run. Nothing here waits for the device: it runs on the `meta` device, where a wait would raise.
+    the first ends the run.
+
+    Nothing here waits for the device: it runs on the `meta` device, where a wait would raise. `gradients` and `step`
+    can be recorded: what changes from update to update lies on the device, in tensors that stay where they are.
     """
 
     def __init__(self, options: LoopOptions, denoiser: Denoiser, loss: Loss, *, name: str = "", tolerance: float = 0.0):
@@ -63,26 +65,39 @@ class Updater:
         self.of_average, self.averaged_over = list(self.averaged.parameters()), list(denoiser.parameters())
         self.device = self.parameters[0].device
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
+        on_gpu = self.device.type == "cuda"
+        # What a graph reads lies on the GPU, where the optimizer takes it as float32.
+        where = {"dtype": torch.float32, "device": self.device} if on_gpu else {"dtype": torch.float64}
+        self.lr = torch.zeros((), **where)
         self.optimizer = optimizer(
             self.parameters,
             lr=options.lr,
             betas=options.betas,
             weight_decay=options.weight_decay,
             fused=True if self.device.type in ("cpu", "cuda") else None,
+            capturable=on_gpu,
         )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.update_count = 0
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the update that is being made
+        self.ema_weights = {  # of the new weights in the average, by dtype
+            dtype: torch.zeros((), dtype=dtype, device=self.device) for dtype in {p.dtype for p in self.of_average}
+        }
         self.grad_norm = torch.zeros((), device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.watched_from = 0  # the update since which dropped samples are counted
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.samples = torch.zeros(QUARTERS, device=self.device)
+        self.sums: dict[str, Tensor] = {}
         self.start_log()
 
     def start_log(self) -> None:
         """Forget the sums of what is logged."""
         self.logged_from = self.update_count
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.samples = torch.zeros(QUARTERS, device=self.device)
-        self.sums: dict[str, Tensor] = {}
+        for total in (self.loss_sum, self.samples, *self.sums.values()):
+            total.zero_()
 
     def learning_rate(self) -> float:
         options, n = self.options, self.update_count
@@ -90,11 +105,23 @@ class Updater:
         return options.lr * rise * (1 - n / options.updates if options.anneal == "linear" else 1.0)
 
     def update(self, batch: Batch) -> None:
+        self.begin()
+        distributed.average(self.gradients(batch))
+        self.step()
+        self.update_count += 1
+
+    def begin(self) -> None:
+        """Write down for the device which update is to be made."""
+        self.lr.fill_(self.learning_rate())
+        self.number.fill_(self.update_count + 1)
+        for weight in self.ema_weights.values():
+            weight.fill_(1 - min(self.options.ema, (1 + self.update_count) / (10 + self.update_count)))
+
+    def gradients(self, batch: Batch) -> list[Tensor]:
+        """Compute this process's gradients; returns those that are to be averaged over the processes before `step`."""
         options = self.options
         if not self.denoiser.training:
             self.denoiser.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
         for i, part in enumerate(_split(batch, options.accumulate), 1):
             distributed.average_next_gradients(self.denoiser.network, i == options.accumulate)
             with autocast(options.precision, self.device):
@@ -108,28 +135,29 @@ class Updater:
             loss = losses.mean() / options.accumulate
             loss.backward()
             self.loss_sum += loss.detach() / distributed.world_size()
-        if not options.shard:
-            distributed.average(parameter.grad for parameter in self.parameters)
+        return [] if options.shard else [parameter.grad for parameter in self.parameters]
+
+    def step(self) -> None:
+        """Update weights and average with the gradients that are there, and forget these."""
+        options = self.options
         if self.tolerance:
             for gradient in (distributed.local(parameter.grad) for parameter in self.parameters):
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
         if options.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, options.clip_norm, norm)
-        self.grad_norm = distributed.whole(norm)
+        self.grad_norm.copy_(distributed.whole(norm))
         is_new = ~torch.isfinite(self.loss_sum + self.grad_norm) & (self.first_bad < 0)
-        self.first_bad = torch.where(is_new, self.update_count + 1, self.first_bad)
+        self.first_bad.copy_(torch.where(is_new, self.number, self.first_bad))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if options.ema:
-            decay = min(options.ema, (1 + self.update_count) / (10 + self.update_count))
             average, weights = (
                 [distributed.local(p) for p in parameters] if options.shard else parameters
                 for parameters in (self.of_average, self.averaged_over)
             )
             with torch.no_grad():
-                torch._foreach_lerp_(average, weights, 1 - decay)
-        self.update_count += 1
+                torch._foreach_lerp_(average, weights, [self.ema_weights[p.dtype] for p in average])
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _log_sums(self, batch: Batch, values: dict[str, Tensor], finite: Tensor) -> None:
@@ -218,9 +246,9 @@ class Updater:
                 for key, value in state.items()
             }
         if distributed.is_first():  # they are added up over the processes
-            self.loss_sum = tensors["loss_sum"].to(self.device)
-            self.samples = tensors.get("samples", self.samples).to(self.device)
-            self.dropped = tensors.get("dropped", self.dropped).to(self.device)
+            self.loss_sum.copy_(tensors["loss_sum"])
+            self.samples.copy_(tensors.get("samples", self.samples))
+            self.dropped.copy_(tensors.get("dropped", self.dropped))
             self.sums = {name: value.to(self.device) for name, value in _under(tensors, "sums/").items()}
 
 

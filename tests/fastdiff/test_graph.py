@@ -1,7 +1,6 @@
 """`--graph`: the loop that is recorded leaves its device nowhere, and replays of it make the images that it makes.
 
-Without a GPU, a recorder stands in that writes down PyTorch's operations instead of kernels. Like a CUDA graph it
-repeats them on the same memory without running any Python, and it refuses what cannot be recorded.
+Without a GPU, `recording.Recorder` stands in.
 """
 
 import contextlib
@@ -13,9 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common import TINY, randomize
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from recording import META, Numbers, Recorder, Tape, standing_in
 
 import kernels
 from fastdiff import evaluate, graph, sample, samplers, schedule
@@ -24,71 +21,11 @@ from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.unet import UNetConfig
 
-META = torch.device("meta")
-FORBIDDEN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-
-
-class Tape(TorchDispatchMode):
-    """Notes every operation, and raises where one moves data between devices, waits for one or draws from a generator.
-
-    On the CPU there is nothing to move or wait for: the meta device shows that.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
-        if devices != {"cpu"}:
-            assert len(devices) == 1, f"{func} moves data between {' and '.join(sorted(devices))}"
-            assert not FORBIDDEN & set(func.tags), f"{func} cannot be recorded"
-        self.operations.append((func, args, kwargs or {}, out))
-        return out
-
-    def repeat(self) -> None:
-        for func, args, kwargs, out in self.operations:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
-                    old.copy_(new)  # into the memory that was there when it was recorded
-
-
-class Numbers(TorchFunctionMode):
-    """Raises where a tensor on another device is made of the host's numbers, which no operation shows."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor):
-            assert out.is_cpu, f"{func.__name__} moves numbers to {out.device}"
-        return out
-
-
-class Recorder:
-    """In place of the one that needs CUDA."""
-
-    made: "list[Recorder]"
-
-    def __init__(self, device):
-        self.tapes = []
-        self.made.append(self)
-
-    def run(self, function):
-        return function()
-
-    def record(self, function):
-        with Tape() as tape, Numbers():
-            output = function()
-        self.tapes.append(tape)
-        output.fill_(torch.nan)  # a recording computes nothing
-        return (lambda: None) if output.is_meta else tape.repeat, output
-
 
 @pytest.fixture
 def recorders(monkeypatch):
-    monkeypatch.setattr(Recorder, "made", [], raising=False)
-    monkeypatch.setattr(graph, "Recorder", Recorder)
-    return Recorder.made
+    with standing_in(monkeypatch) as made:
+        yield made
 
 
 SMALL = UNetConfig((8, 8), 3, 10, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), head_width=16)
@@ -149,7 +86,7 @@ def test_the_loop_never_leaves_its_device(recorders, sampler):
 def loop_on_meta(recorders, model, guidance, sampler, forced):
     seen, steps = [], 1 if sampler == "one_step" else 2
     with kernels.use(forced), launches(seen):
-        how = Sampling(batch_size=4, guidance=guidance, steps=steps, sampler=sampler, graph=True)
+        how = Sampling(batch_size=4, guidance=guidance, steps=steps, sampler=sampler, graph="on")
         chunks = list(generate(model, 6, how))
     assert [chunk.shape for chunk in chunks] == [(4, 3, 8, 8), (2, 3, 8, 8)]
     assert {chunk.device for chunk in chunks} == {META}
@@ -209,7 +146,7 @@ def test_replays_make_the_same_images(recorders, case):
         "clip": bool(model.num_classes),
     }
     expected, calls = images(model, 14, **how)
-    found, counted = images(model, 14, **how, graph=True)
+    found, counted = images(model, 14, **how, graph="on")
     assert torch.equal(found[:12], expected[:12])  # full batches
     assert difference(found[12:], expected[12:]) < 1e-5
     assert counted == calls and found.stride() == expected.stride()
@@ -219,7 +156,7 @@ def test_replays_make_the_same_images(recorders, case):
 
 def test_a_single_batch_is_not_recorded(recorders):
     model = randomized(denoiser())
-    torch.testing.assert_close(images(model, 4, steps=2, graph=True), images(model, 4, steps=2))
+    torch.testing.assert_close(images(model, 4, steps=2, graph="on"), images(model, 4, steps=2))
     assert not recorders[-1].tapes
 
 
@@ -255,7 +192,7 @@ def test_weights_are_read_anew_by_each_replay(recorders):
     how = {"steps": 2, "precision": "bf16"}
     with torch.autocast("cpu", torch.bfloat16):
         expected = images(model, 12, **how)[0]
-        chunks = generate(model, 12, Sampling(batch_size=4, graph=True, **how))
+        chunks = generate(model, 12, Sampling(batch_size=4, graph="on", **how))
         first, second = next(chunks), next(chunks)
         casts = {id(args[0]) for func, args, *_ in recorders[-1].tapes[0].operations if "_to_copy" in str(func)}
         cast = {name for name, weight in model.named_parameters() if id(weight) in casts}
@@ -276,13 +213,13 @@ def test_weights_are_read_anew_by_each_replay(recorders):
 
 def test_a_graph_needs_cuda():
     with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
-        next(generate(denoiser(), 4, Sampling(steps=1, graph=True)))
+        next(generate(denoiser(), 4, Sampling(steps=1, graph="on")))
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_the_commands_refuse_it_before_all_else(command, tmp_path):
-    options = command.Options(checkpoint=tmp_path / "none", out=tmp_path / "new" / "out", graph=True, device="cpu")
-    with pytest.raises(UserError, match="--graph needs a CUDA device; --device is cpu"):
+    options = command.Options(checkpoint=tmp_path / "none", out=tmp_path / "new" / "out", graph="on", device="cpu")
+    with pytest.raises(UserError, match="--graph on needs a CUDA device; --device is cpu"):
         command.main(options)
     assert not list(tmp_path.iterdir())
 
@@ -291,7 +228,7 @@ class Reached(Exception):
     pass
 
 
-@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("on", ["auto", "off"])
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_the_commands_pass_it_on(command, on, tmp_path, monkeypatch):
     model = denoiser(unet=TINY)
@@ -311,9 +248,10 @@ def test_the_commands_pass_it_on(command, on, tmp_path, monkeypatch):
 # --- the recorder itself ---
 
 
-def test_the_recorder_orders_its_stream(monkeypatch):
-    """With CUDA's parts replaced by ones that say what was done, in what order."""
-    done, device = [], torch.device("cuda", 1)
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's parts replaced by ones that say what was done, in what order."""
+    done = []
 
     class Stream:
         def __init__(self, device):
@@ -330,12 +268,26 @@ def test_the_recorder_orders_its_stream(monkeypatch):
 
     def recording(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        assert given["pool"] == "pool" and given["stream"] is recorder.stream and given["cuda_graph"] is cuda_graph
+        assert given["pool"] == "pool" and given["stream"].name == "side" and given["cuda_graph"] is cuda_graph
+        assert given["capture_error_mode"] == "thread_local"
         return during("recording")
 
     class CudaGraph:
         def replay(self):
             done.append("replay")
+
+    class Generator:
+        def __init__(self, device):
+            self.numbers = f"new on {device}"
+
+        def set_state(self, numbers):
+            self.numbers = numbers
+
+        def graphsafe_get_state(self):
+            return self.numbers
+
+        def graphsafe_set_state(self, state):
+            done.append(f"generator has {state}")
 
     cuda_graph, signature = CudaGraph(), inspect.signature(torch.cuda.graph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -343,18 +295,67 @@ def test_the_recorder_orders_its_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: during(stream.name))
     monkeypatch.setattr(torch.cuda, "device", lambda of: during(str(of)))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cache is emptied"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda of: f"numbers of {of}")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: cuda_graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    recorder = graph.Recorder(device)
-    assert recorder.run(lambda: done.append("work") or 5) == 5
-    steps = ["cuda:1", "side waits for main", "side begins", "work", "side ends", "main waits for side"]
-    assert done == steps
-    done.clear()
-    replay, output = recorder.record(lambda: done.append("work") or 6)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, Generator("main")])
+    return done
+
+
+def test_the_recorder_orders_its_stream(cuda):
+    recorder = graph.Recorder(torch.device("cuda", 1))
+    assert recorder.run(lambda: cuda.append("work") or 5) == 5
+    assert cuda == ["cuda:1", "side waits for main", "side begins", "work", "side ends", "main waits for side"]
+    cuda.clear()
+    replay, output = recorder.record(lambda: cuda.append("work") or 6)
     assert output == 6
-    assert done == ["cuda:1 begins", "recording begins", "work", "recording ends", "cuda:1 ends"]
+    steps = ["cuda:1 begins", "cache is emptied", "recording begins", "work", "recording ends", "cuda:1 ends"]
+    assert cuda == steps
     replay()
-    assert done[-1] == "replay"
+    assert cuda[-1] == "replay"
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        (
+            RuntimeError("operation not permitted\nwhen capturing"),
+            "no CUDA graph: RuntimeError: operation not permitted",
+        ),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), "no CUDA graph: the GPU's memory does not suffice for it"),
+    ],
+)
+def test_a_failed_recording_says_what_failed_first(cuda, first, told):
+    def work():
+        try:
+            raise first
+        finally:
+            raise RuntimeError("capture was invalidated")  # as CUDA's end of a recording does
+
+    with pytest.raises(graph.NotRecordable) as ended:
+        graph.Recorder(torch.device("cuda", 1)).record(work)
+    assert str(ended.value) == told
+    assert "generator has numbers of cuda:1" in cuda
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_what_cannot_be_recorded_is_sampled_without(recorders, monkeypatch, capsys, insists):
+    def refuse(self, function):
+        raise graph.NotRecordable("no CUDA graph: it branches")
+
+    monkeypatch.setattr(Recorder, "record", refuse)
+    model = denoiser()
+    how = Sampling(batch_size=4, steps=2, graph="on")
+    if insists:
+        with pytest.raises(UserError, match="no CUDA graph: it branches"):
+            list(generate(model, 12, how))
+        return
+    captured = graph.Captured(lambda x: 2.0 * x, model, torch.device("cpu"), insists=False)
+    assert [captured(torch.arange(3) + i).tolist() for i in range(3)] == [[0, 2, 4], [2, 4, 6], [4, 6, 8]]
+    assert captured(torch.arange(2)).tolist() == [0, 2]
+    assert capsys.readouterr().err == "warning: sampling goes on without a graph: no CUDA graph: it branches\n"
 
 
 # --- on a GPU ---
@@ -375,8 +376,8 @@ def test_graphs_make_the_same_images(case):
     }
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected, calls = images(model, 14, **how)
-        found, counted = images(model, 14, **how, graph=True)
+        found, counted = images(model, 14, **how, graph="on")
         assert difference(found, expected) < 1e-4 and counted == calls
     rough, _ = images(model, 14, **how, precision="bf16")
-    found, _ = images(model, 14, **how, precision="bf16", graph=True)
+    found, _ = images(model, 14, **how, precision="bf16", graph="on")
     assert difference(found, rough) <= difference(expected, rough)  # bfloat16's own error

@@ -10,7 +10,7 @@ from fastdiff import checkpoint
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from train import loop
 from train import sid as recipe
-from train.updater import update_alone
+from train.iteration import Iteration
 
 REAL_PREVIEW = loop.preview
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -41,9 +41,9 @@ def learning(of, **changes):
 
 
 def iterate(updaters, batches, count=1):
+    step = Iteration(updaters, batches, updaters[-1].options)
     for _ in range(count):
-        for updater in updaters:
-            update_alone(updater, updaters, next(batches))
+        step()
 
 
 def state_of(model):

@@ -15,7 +15,7 @@ from fastdiff.schedule import CosineSchedule, KarrasSchedule
 from fastdiff.unet import UNetConfig
 from train import sid as recipe
 from train import stage1
-from train.updater import update_alone
+from train.updater import learn_alone
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -38,7 +38,8 @@ def test_an_update_changes_one_network_alone(models):
     for updater, changed in ((fake, {"fake"}), (generator, {"generator", "average"}), (fake, {"fake"})):
         before = {name: state_of(model) for name, model in held.items()}
         moments = {id(u): copy.deepcopy(u.optimizer.state_dict()) for u in updaters}
-        update_alone(updater, updaters, next(batches))
+        learn_alone(updater, updaters)
+        updater.update(next(batches))
         assert {name for name, model in held.items() if not same(model, before[name])} == changed
         assert all(p.grad is None for model in held.values() for p in model.parameters())
         other = fake if updater is generator else generator
