@@ -22,7 +22,8 @@ from fastdiff.run import Run
 from fastdiff.unet import PRESETS
 from train import loop, sid, teacher
 from train.batches import ImageBatches
-from train.updater import Updater, update_alone
+from train.iteration import Iteration
+from train.updater import Updater
 
 MOST = {"teacher": 1.03, "sid": 1.1, "save": 1.02}
 TRIALS = 30
@@ -80,19 +81,14 @@ def teacher_update(denoiser: Denoiser, device: torch.device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return lambda: update_alone(updater, [updater], next(batches)), alone
+    return Iteration([updater], batches, options), alone
 
 
 def sid_iteration(denoiser: Denoiser, device: torch.device):
     """(an iteration of SiD; its network calls alone)."""
     options = sid.Options(teacher=Path("unused"), out=Path("unused"), batch_size=BATCH, device=str(device))
     updaters, batches = sid.learning(copy.deepcopy(denoiser), options)
-
-    def iteration() -> None:
-        for updater in updaters:
-            update_alone(updater, updaters, next(batches))
-
-    return iteration, sid_passes(copy.deepcopy(denoiser).requires_grad_(False), device)
+    return Iteration(updaters, batches, options), sid_passes(copy.deepcopy(denoiser).requires_grad_(False), device)
 
 
 def ratio(whole, alone, device: torch.device) -> float:
@@ -118,6 +114,7 @@ def save_ratio(denoiser: Denoiser, device: torch.device) -> float:
         options = teacher.Options(out=Path(folder), batch_size=BATCH, device=str(device), ema=0.999)
         updater = Updater(options, copy.deepcopy(denoiser), partial(regression.teacher, label_drop=0.1))
         batches = ImageBatches(data.load("digits"), options, 0, device)
+        iterate = Iteration([updater], batches, options)
         times = {True: [], False: []}
         for trial in range(2 * SAVES + 2):
             saving = trial % 2 == 0
@@ -126,7 +123,7 @@ def save_ratio(denoiser: Denoiser, device: torch.device) -> float:
             if saving:
                 loop.save([updater], batches, Run(options.out), "teacher", None, writer)
             for _ in range(UPDATES_AFTER):
-                update_alone(updater, [updater], next(batches))
+                iterate()
             writer.finish()
             _wait(device)
             times[saving].append(time.perf_counter() - start)

@@ -26,24 +26,33 @@ class Batches(Protocol):
 class ImageBatches:
     """A data set's images and labels, shuffled, on the device, as the losses take them.
 
-    A thread makes the next batch while the device computes on this one.
+    A thread makes the next batch, and on CUDA copies it by a stream of its own, while the device computes on this one.
     """
 
     def __init__(self, dataset: data.Dataset, options: LoopOptions, seed: int, device: torch.device):
         self.batches = data.Batches(dataset, options.batch_size, seed=seed, flip=options.flip)
         self.device, self.thread = device, ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.restore(self.batches.state())
 
     def __next__(self) -> Batch:
-        batch, self.position = self.coming.result()
+        batch, copied, self.position = self.coming.result()
         self.coming = self.thread.submit(self._draw)
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            for tensor in batch:  # its memory may not be used again before the current stream has read it
+                tensor.record_stream(current)
         return to_device(batch, self.batches.dataset.num_classes, self.batches.seed, self.device)
 
-    def _draw(self) -> tuple[data.Batch, dict]:
-        """This process's part of the next batch, and the state after it."""
-        parts = (distributed.part(tensor) for tensor in next(self.batches))
-        batch = data.Batch(*(part.pin_memory() if self.device.type == "cuda" else part for part in parts))
-        return batch, self.batches.state()
+    def _draw(self) -> tuple[data.Batch, torch.cuda.Event | None, dict]:
+        """This process's part of the next batch, what says that it has been copied, and the state after it."""
+        batch = data.Batch(*(distributed.part(tensor) for tensor in next(self.batches)))
+        if self.stream is None:
+            return batch, None, self.batches.state()
+        with torch.cuda.stream(self.stream):
+            batch = data.Batch(*(part.pin_memory().to(self.device, non_blocking=True) for part in batch))
+            return batch, self.stream.record_event(), self.batches.state()
 
     def state(self) -> dict:
         return self.position

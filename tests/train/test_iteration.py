@@ -1,5 +1,6 @@
 """Updates as CUDA graphs: same weights and logs as without. Without a GPU, `recording.Recorder` stands in."""
 
+import contextlib
 import gc
 import json
 import os
@@ -14,12 +15,13 @@ import torch
 from common import TINY, stage2_options
 from recording import META, Numbers, Recorder, Tape, standing_in
 
-from fastdiff import distributed, graph
+from fastdiff import data, distributed, graph
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from train import encoder, iteration, sid, stage1, stage2, teacher, two_student
+from train.batches import ImageBatches
 from train.iteration import WARM_UP, Iteration
 from train.options import LoopOptions
 from train.updater import Updater, new_updater
@@ -261,6 +263,42 @@ def test_gradients_never_leave_their_device():
     assert len(tape.operations) > 100
 
 
+def test_batches_are_copied_by_a_stream_of_their_own(monkeypatch):
+    """With CUDA's parts replaced by ones that say what was done, in what order."""
+    done = []
+
+    class Stream:
+        def record_event(self):
+            done.append("copied")
+            return "event"
+
+        def wait_event(self, event):
+            done.append(f"waits for {event}")
+
+    @contextlib.contextmanager
+    def during(stream):
+        done.append("copying")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", during)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: done.append("held"))
+    options = LoopOptions(out=Path("unused"), batch_size=8, device="cpu")
+    dataset, cpu = data.load("digits"), torch.device("cpu")
+    plain, batches = (ImageBatches(dataset, options, 3, cpu) for _ in range(2))
+    batches.stream = Stream()
+    batches.restore(batches.state())
+    first, second = next(batches), next(batches)
+    copying = ["copying", "pinned", "pinned", "pinned", "copied"]
+    assert done[:5] == copying and done.count("copied") >= 2
+    using = [word for word in done if word not in copying]
+    assert using == ["waits for event", "held", "held", "held"] * 2
+    for found in (first, second):
+        expected = next(plain)
+        assert torch.equal(found.x, expected.x) and torch.equal(found.sample_ids, expected.sample_ids)
+
+
 # --- who may ask for it ---
 
 
@@ -292,7 +330,7 @@ import sys, pytest, torch
 sys.path += {folders!r}
 from recording import standing_in
 import test_iteration as shared
-from fastdiff import distributed, graph
+from fastdiff import data, distributed, graph
 from train.iteration import Iteration
 
 distributed.start()

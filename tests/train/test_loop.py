@@ -99,7 +99,7 @@ def test_learning_rate(warmup, anneal, factors):
     used = []
     for batch in make_batches(updater, 8):
         updater.update(batch)
-        used.append(updater.optimizer.param_groups[0]["lr"])
+        used.append(float(updater.optimizer.param_groups[0]["lr"]))
     assert used == pytest.approx([0.02 * factor for factor in factors])
     if anneal == "linear":
         assert updater.learning_rate() == 0
