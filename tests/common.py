@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.denoiser import Denoiser
+from fastdiff import checkpoint
+from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.unet import UNetConfig
 from train import stage2
 
@@ -23,6 +24,22 @@ def randomize(denoiser: Denoiser, *, scale: float = 0.3, seed: int = 0) -> Denoi
         for parameter in denoiser.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return denoiser
+
+
+def save_model(folder: Path, *, unet: UNetConfig = TINY, scale: float = 0.2, seed: int = 0, **config) -> Path:
+    """A checkpoint with random weights, in which labels and guidance matter."""
+    checkpoint.save(folder, randomize(Denoiser(DenoiserConfig(unet, **config)), scale=scale, seed=seed))
+    return folder
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module, **tolerance: float) -> None:
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def wide(coefficient: torch.Tensor | float) -> torch.Tensor:
+    """(B,) as float64 (B, 1, 1, 1)."""
+    return torch.as_tensor(coefficient, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -10,7 +10,7 @@ import command_lines
 import pytest
 import torch
 from command_lines import assert_refused, write_images
-from common import TINY, randomize
+from common import TINY, randomize, wide
 from scipy import stats
 from torch import nn
 
@@ -37,10 +37,6 @@ EDM_LOSS = {"label_drop": 0.0, "weight": "edm", "noise_levels": "lognormal"}
 EDM_LINE = ["--schedule", "karras", "--parameterization", "edm", "--weight", "edm", "--noise-levels", "lognormal"]
 TINY_LINE = ["--unet.channels", 8, "--unet.channel-mult", 1]
 CLASSES, SHAPE, SIGMA_DATA = 3, (2, 4, 4), 0.5
-
-
-def wide(coefficient):
-    return torch.as_tensor(coefficient, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 class Network(nn.Module):

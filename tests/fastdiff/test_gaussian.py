@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from common import wide
 from torch import nn
 
 import kernels
@@ -27,10 +28,6 @@ COSINE = CosineSchedule()
 SCHEDULES = [COSINE, LinearBetaSchedule(), KarrasSchedule()]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 sin, cos = np.sin, np.cos
-
-
-def wide(coefficient):
-    return torch.as_tensor(coefficient, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 def covariance(a, b, std=STD):

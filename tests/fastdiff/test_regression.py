@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import wide
 from scipy import stats
 from torch import nn
 
@@ -21,10 +22,6 @@ SCHEDULES = [CosineSchedule(), LinearBetaSchedule(), KarrasSchedule()]
 every_schedule = pytest.mark.parametrize("sched", SCHEDULES, ids=lambda s: type(s).__name__)
 every_parameterization = pytest.mark.parametrize("parameterization", rotation.PARAMETERIZATIONS)
 every_weight = pytest.mark.parametrize("weight", rotation.LOSS_WEIGHTS)
-
-
-def wide(coefficient):
-    return coefficient.double()[:, None, None, None]
 
 
 class Network(nn.Module):

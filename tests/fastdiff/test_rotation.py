@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from common import wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +26,6 @@ def images(seed, count, batch=3, shape=(2, 3, 3), dtype=torch.float64):
 
 def full(angle, batch=3):
     return torch.full((batch,), angle, dtype=torch.float64)
-
-
-def wide(coefficient):
-    return coefficient[:, None, None, None]
 
 
 def angles_of(sched, index, steps, offset):

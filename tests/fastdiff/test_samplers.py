@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from common import wide
 from torch import nn
 
 import kernels
@@ -18,10 +19,6 @@ from fastdiff.unet import UNet, UNetConfig
 
 MEAN, STD = 0.4, 0.3  # of the data: every pixel is MEAN + STD·normal
 COSINE = CosineSchedule()
-
-
-def wide(coefficient):
-    return coefficient[:, None, None, None]
 
 
 def full(batch, angle):

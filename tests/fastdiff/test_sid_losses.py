@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import wide
 from scipy import stats
 from torch import nn
 
@@ -34,10 +35,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_alpha = pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 RANGE = (0.0, 4.0)
 SIGMA = 2.5
-
-
-def wide(coefficient):
-    return coefficient.double().reshape(-1, 1, 1, 1)
 
 
 def make(network, family, classes=CLASSES):

@@ -9,7 +9,7 @@ import command_lines
 import pytest
 import torch
 from command_lines import assert_refused
-from common import TINY, randomize, snapshot
+from common import TINY, save_model, snapshot
 
 from fastdiff import checkpoint, data, figures, rotation, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
@@ -74,12 +74,6 @@ class Constant(torch.nn.Module):
 
     def forward(self, z, *_):
         return torch.full_like(z, self.output)
-
-
-def save_model(folder, *, unet=TAUGHT, scale=0.2, **config):
-    """A checkpoint with random weights."""
-    checkpoint.save(folder, randomize(Denoiser(DenoiserConfig(unet, **config)), scale=scale))
-    return folder
 
 
 # --- runs ---
@@ -379,7 +373,7 @@ UNLABELLED = {"unet": replace(TINY, num_classes=0)}
     ],
 )
 def test_a_teacher_of_the_wrong_kind_is_refused(run, command, of, said):
-    save_model("of", **of)
+    save_model("of", **{"unet": TAUGHT} | of)
     result = run(*command, "--teacher", "of", "--start-steps", 8, "--out", "o", "--device", "cpu")
     assert_refused(result, "of ", *said)
     shutil.rmtree("of")
@@ -392,7 +386,7 @@ def test_a_teacher_of_the_wrong_kind_is_refused(run, command, of, said):
 )
 def test_an_encoder_that_would_multiply_its_errors_is_refused(run, noise, start, end, gain):
     """x̂ is divided by sin φ in v, and φ is tiny at the image."""
-    save_model("of", schedule=noise, parameterization="x", **STAGE1)
+    save_model("of", unet=TAUGHT, schedule=noise, parameterization="x", **STAGE1)
     steps = ["--start-steps", start, "--end-steps", end]
     result = run("encoder", "--teacher", "of", *steps, "--out", "o", "--device", "cpu")
     assert_refused(result, "of predicts x", f"one of {end} steps", f"error by {gain}:", "predicts v")
@@ -419,7 +413,7 @@ def test_the_gain_of_an_encoder_is_what_a_wrong_output_does_to_a_step(noise, par
 )
 @pytest.mark.parametrize("start", [16, 4, 64])
 def test_rounds_start_with_the_steps_of_the_teacher(run, tmp_path, command, of, start):
-    save_model("of", **of)
+    save_model("of", **{"unet": TAUGHT} | of)
     result = run(*command, "--teacher", "of", "--start-steps", start, "--out", "o", "--device", "cpu")
     assert_refused(result, "of was trained for 8 steps", "--start-steps 8", f"got {start}")
     assert [path.name for path in tmp_path.iterdir()] == ["of"]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import TINY
+from common import TINY, assert_same_weights
 from PIL import Image
 
 from fastdiff import checkpoint, data
@@ -75,11 +75,6 @@ def fit(out, *, loss=teacher_loss, name="run", **changes):
 
 def read_log(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(first, second, **tolerance):
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 # --- one update ---

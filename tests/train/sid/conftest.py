@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from common import TINY
-from sid_runs import LIMITS, REAL_PREVIEW, save_model, train
+from common import TINY, save_model
+from sid_runs import LIMITS, REAL_PREVIEW, train
 
 from fastdiff.schedule import KarrasSchedule, LinearBetaSchedule
 from train import loop

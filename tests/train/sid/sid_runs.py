@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from common import TINY, randomize
 
 from fastdiff import checkpoint
-from fastdiff.denoiser import Denoiser, DenoiserConfig
 from train import loop
 from train import sid as recipe
 from train.iteration import Iteration
@@ -24,12 +22,6 @@ def make_options(of, out="unused", **changes):
 
 def train(of, out, **changes):
     return recipe.train(make_options(of, out, **changes))
-
-
-def save_model(folder, *, unet=TINY, **config):
-    """A checkpoint with random weights, in which labels and guidance matter."""
-    checkpoint.save(folder, randomize(Denoiser(DenoiserConfig(unet, **config)), scale=0.2))
-    return folder
 
 
 def learning(of, **changes):
@@ -52,11 +44,6 @@ def state_of(model):
 
 def same(model, state):
     return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def assert_same_weights(first, second, **tolerance):
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def lines_of(path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import command_lines
 import pytest
 import torch
-from sid_runs import assert_same_weights, learning, lines_of, train
+from common import assert_same_weights
+from sid_runs import learning, lines_of, train
 
 from fastdiff import checkpoint
 from fastdiff.errors import UserError

@@ -8,7 +8,8 @@ import command_lines
 import numpy as np
 import pytest
 import torch
-from sid_runs import assert_same_weights, lines_of, same, train
+from common import assert_same_weights
+from sid_runs import lines_of, same, train
 
 from fastdiff import checkpoint
 from train import sid as recipe

@@ -6,8 +6,8 @@ from dataclasses import replace
 import command_lines
 import pytest
 import torch
-from common import randomize
-from sid_runs import LIMITS, META, assert_same_weights, iterate, learning, lines_of, make_options, same, state_of, train
+from common import assert_same_weights, randomize
+from sid_runs import LIMITS, META, iterate, learning, lines_of, make_options, same, state_of, train
 
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.losses import sid
