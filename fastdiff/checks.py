@@ -43,6 +43,21 @@ def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> Non
         files.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
 
 
+def label(wanted: str | int, model: nn.Module, option: str, source: str | Path) -> int:
+    """The number of a class that is given by its name, or by its number where no class has that name.
+
+    Raises UserError for one that the model does not have.
+    """
+    names, count = model.config.class_names, model.num_classes
+    if str(wanted) in names:
+        return names.index(str(wanted))
+    if str(wanted).isdecimal() and int(wanted) < count:
+        return int(wanted)
+    has = f"{count} classes, 0 to {count - 1}" if count else "no classes"
+    has += f", called {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
+    raise UserError(f"{option} {wanted}: {source} has {has}")
+
+
 def positive(options: object, *names: str) -> None:
     """Raises UserError for an option that is there, and neither positive nor None."""
     for name in names:

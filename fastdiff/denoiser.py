@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff import rotation, schedule
+from fastdiff import files, rotation, schedule
 from fastdiff.data import Dataset
 from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
@@ -182,8 +182,12 @@ def with_guidance(denoiser: Denoiser) -> Denoiser | Guided:
     return denoiser if inside or not denoiser.num_classes else Guided(denoiser)
 
 
-def require_fit(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> None:
-    """Raises UserError if a model and a data set do not go together."""
+def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:
+    """The data set with its labels in the order of the model's classes, which their names decide.
+
+    Warns where names differ; then, and where one has none, numbers count. Raises UserError if a model and a data set do
+    not go together.
+    """
     if tuple(dataset.shape) != tuple(denoiser.image_shape):
         raise UserError(
             f"the data set {dataset.name} has images of {'×'.join(map(str, dataset.shape))}, "
@@ -195,3 +199,15 @@ def require_fit(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Non
             f"the data set {dataset.name} has {dataset.num_classes} classes, but the model in {source} has "
             f"{denoiser.num_classes}: give --data the set that it was trained on"
         )
+    ours, theirs = denoiser.config.class_names, dataset.class_names
+    if not ours or not theirs or ours == theirs:
+        return dataset
+    if sorted(ours) != sorted(theirs):
+        one, other = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+        files.warn(
+            f"the classes of the data set {dataset.name} have other names than those of the model in {source} "
+            f"({other!r} where that has {one!r}): they are taken by number"
+        )
+        return dataset
+    files.warn(f"the model in {source} has the classes of {dataset.name} in another order: they are taken by name")
+    return dataset.in_order_of(ours)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastdiff import checks, cli, data, distributed, metrics
-from fastdiff.denoiser import require_fit
+from fastdiff.denoiser import fitted
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.metrics import Row, find
@@ -52,7 +52,10 @@ def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name
     sampling, labels = sampling.settled(model.config), num
     if model.num_classes:
         evenly = torch.arange(num) * len(reference.dataset) // num  # data sets may be sorted by class
-        labels = torch.from_numpy(reference.dataset.labels[evenly.numpy()])
+        dataset, names = reference.dataset, model.config.class_names
+        if sorted(names) == sorted(dataset.class_names):
+            dataset = dataset.in_order_of(names)
+        labels = torch.from_numpy(dataset.labels[evenly.numpy()])
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
     chunks = generate(model, labels, sampling)
     while True:
@@ -123,7 +126,7 @@ def main(options: Options) -> None:
     for guidance in options.guidance:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
-    require_fit(model, data.load(options.data, "train"), options.checkpoint)
+    fitted(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
     rows, sampling = [], options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:

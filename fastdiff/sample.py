@@ -62,8 +62,8 @@ class Options(SamplingOptions):
     sweep: bool = False
     """One row of the grid for each w of --guidance, with the same --num noises and classes in all."""
     num: int = 64
-    labels: tuple[int, ...] = ()
-    """Classes, repeated as needed; default: all in turn."""
+    labels: tuple[str, ...] = ()
+    """Classes by name, or by number, repeated as needed; default: all in turn."""
     out: Path = Path("grid.png")
     """A picture file for a grid, or a folder for one PNG an image."""
 
@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     distributed.first(lambda: _prepare(options, is_grid))
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
-    labels = _labels(options, model.num_classes)[ids] if model.num_classes or options.labels else None
+    labels = _labels(options, model)[ids] if model.num_classes or options.labels else None
     sampling = options.sampling(model, num, guidance)
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
@@ -138,13 +138,12 @@ def _columns(options: Options, num_classes: int) -> int:
     return min(num_classes if by_class else math.ceil(math.sqrt(options.num)), options.num)
 
 
-def _labels(options: Options, num_classes: int) -> Tensor:
+def _labels(options: Options, model: nn.Module) -> Tensor:
     """The classes of --num images. Raises UserError for one that the model does not have."""
-    wrong = [label for label in options.labels if not 0 <= label < num_classes]
-    if wrong:
-        has = f"{num_classes} classes, 0 to {num_classes - 1}" if num_classes else "no classes"
-        raise UserError(f"--labels {wrong[0]}: {options.checkpoint} has {has}")
-    return _repeated(torch.tensor(options.labels or range(num_classes)), options.num)
+    chosen = [checks.label(wanted, model, "--labels", options.checkpoint) for wanted in options.labels]
+    if (names := model.config.class_names) and chosen and distributed.is_first():
+        print(f"classes: {', '.join(f'{number} ({names[number]})' for number in dict.fromkeys(chosen))}")
+    return _repeated(torch.tensor(chosen or range(model.num_classes)), options.num)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, DenoiserConfig, require_fit
+from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted
 from fastdiff.errors import UserError
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
@@ -86,6 +86,8 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     options.check()
     teacher = _teacher(recipe, options)
     dataset = recipe.data(options)
+    if teacher is not None and dataset is not None:
+        dataset = fitted(teacher, dataset, options.teacher)
     config = recipe.config(options, teacher, dataset)
     _check_fit(recipe, config, teacher, dataset, options)
     if options.dry_run:
@@ -138,8 +140,6 @@ def _check_fit(
 ) -> None:
     if teacher is None:
         check_buildable(config)
-    elif dataset is not None:
-        require_fit(teacher, dataset, options.teacher)
     if recipe.reads_images and options.batch_size > len(dataset):
         raise UserError(
             f"--batch-size {options.batch_size} is larger than the data set {dataset.name} ({len(dataset)} images)"

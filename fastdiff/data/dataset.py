@@ -70,6 +70,11 @@ class Dataset:
         """The same images as unlabelled data."""
         return Dataset(self.images, np.zeros(len(self), np.int64), (), self.name, self.split)
 
+    def in_order_of(self, class_names: tuple[str, ...]) -> Dataset:
+        """The same images with the labels that their classes have in this order of the same names."""
+        number = np.array([class_names.index(name) for name in self.class_names])
+        return Dataset(self.images, number[self.labels], class_names, self.name, self.split)
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the shape, the labels or the pixels.

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastdiff import files
-from fastdiff.data.arrangement import Tree, arrange
+from fastdiff.data.arrangement import Tree, arrange, formats, some
 from fastdiff.data.dataset import Dataset, no_split
 from fastdiff.errors import UserError
 
@@ -23,9 +23,10 @@ _GREY_MODES = ("1", "L", "LA", "La")
 _CACHE_VERSION = 1  # raise it when decoding changes
 
 
-def load(path: Path, split: str, name: str, cache: Path | None) -> Dataset:
+def load(path: Path, split: str, name: str, cache: Path | None) -> tuple[Dataset, str]:
+    """The data set, and what of the folder or zip is no part of it, in words."""
     with _open_tree(path) as tree:
-        names, labels, class_names, splits = arrange(tree)
+        names, labels, class_names, splits, left_out = arrange(tree)
         if split == "test" and "test" not in splits and "val" in splits:
             part = splits["val"]
         elif split in splits:
@@ -33,15 +34,14 @@ def load(path: Path, split: str, name: str, cache: Path | None) -> Dataset:
         else:
             raise no_split(split, path, splits)
         images = _decoded(tree, names, _cache_folder(cache))
-    return Dataset(images[part], labels[part], class_names, name, split)
+    return Dataset(images[part], labels[part], class_names, name, split), some(left_out) if left_out else ""
 
 
 @contextmanager
 def _open_tree(path: Path) -> Iterator[Tree]:
     if path.is_dir():
-        found = (Path(top, file) for top, _, files in os.walk(path, followlinks=True) for file in files)
-        names = _visible(file.relative_to(path).as_posix() for file in found)
-        yield Tree(path, names, lambda name: (path / name).open("rb"), lambda name: (path / name).stat())
+        names, folders = _walk(path)
+        yield Tree(path, names, folders, lambda name: (path / name).open("rb"), lambda name: (path / name).stat())
         return
     try:
         archive = zipfile.ZipFile(path)
@@ -49,11 +49,50 @@ def _open_tree(path: Path) -> Iterator[Tree]:
         raise UserError(f"{path} cannot be read as a zip ({error}): make it again") from error
     with archive:
         stat = path.stat()
-        yield Tree(path, _visible(archive.namelist()), archive.open, lambda name: stat)
+        members: dict[str, zipfile.ZipInfo] = {}
+        for member in archive.infolist():  # some programs write the names of Windows
+            name = member.filename.replace("\\", "/")
+            if members.setdefault(name, member) is not member:
+                raise UserError(f"{path} holds {name} more than once: make it again")
+        names = sorted(name for name in members if not name.endswith("/") and _is_visible(name))
+        folders = {name.rpartition("/")[0] for name in members if _is_visible(name.rstrip("/"))}
+        folders |= {top for folder in folders for top in _above(folder)}
+        yield Tree(path, names, folders, lambda name: archive.open(members[name]), lambda name: stat)
 
 
-def _visible(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+def _walk(root: Path) -> tuple[list[str], set[str]]:
+    """Visible files and folders below a folder, each real one once, whatever links lead to it."""
+    names, folders, seen, known = [], set(), set(), set()
+    for top, below, here in os.walk(root, followlinks=True):
+        real = os.path.realpath(top)
+        below[:] = sorted(
+            (name for name in below if not name.startswith(".")),
+            key=lambda name: (os.path.islink(Path(top, name)), name),
+        )
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        folders.add(Path(top).relative_to(root).as_posix())
+        for name in _real_first(top, here):
+            if (real := os.path.realpath(Path(top, name))) not in known:
+                known.add(real)
+                names.append(Path(top, name).relative_to(root).as_posix())
+    return sorted(names), folders - {"."}
+
+
+def _real_first(top: str, names: list[str]) -> list[str]:
+    """Those that are not hidden, links last."""
+    return sorted((name for name in names if _is_visible(name)), key=lambda name: (Path(top, name).is_symlink(), name))
+
+
+def _above(folder: str) -> Iterator[str]:
+    parts = folder.split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(".") for part in name.split("/"))
 
 
 def _cache_folder(cache: Path | None) -> Path:
@@ -90,7 +129,7 @@ def _digest(tree: Tree, names: list[str]) -> str:
 @contextmanager
 def _open_image(tree: Tree, name: str) -> Iterator[Image.Image]:
     try:
-        with tree.open(name) as file, Image.open(file) as image:
+        with tree.open(name) as file, Image.open(file, formats=formats()) as image:
             yield image
     except UserError:
         raise
