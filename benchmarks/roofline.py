@@ -125,12 +125,12 @@ def work_of_launches(seen: list[Launch], case: Case) -> Work:
 
 def _work_of_launch(launch: Launch, case: Case) -> Work:
     tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, Tensor)}.values()
-    moved, elements = sum(map(_bytes, tensors)), max(tensor.numel() for tensor in tensors)
+    moved, elements = sum(map(memory_behind, tensors)), max(tensor.numel() for tensor in tensors)
     module, _, name = kernel_name(launch).partition(".")
     if module == "attention":
         tokens, packed = case.shape
         if name in PART_OF_GRADIENT:
-            moved -= round((1 - PART_OF_GRADIENT[name]) * _bytes(launch.arguments["grad_qkv"]))
+            moved -= round((1 - PART_OF_GRADIENT[name]) * memory_behind(launch.arguments["grad_qkv"]))
         return Work(moved, DOTS[name] * 2 * case.batch * tokens * tokens * packed / 3)
     floats = FLOATS.get(f"{module}.{name}", OTHER_FLOATS) * elements
     if launch.arguments.get("sample_ids") is None:
@@ -140,7 +140,7 @@ def _work_of_launch(launch: Launch, case: Case) -> Work:
     return Work(moved, floats=floats + BOX_MULLER / 2 * elements, integers=PHILOX / 4 * elements)
 
 
-def _bytes(tensor: Tensor) -> int:
+def memory_behind(tensor: Tensor) -> int:
     """Of memory behind a tensor: a broadcast dimension counts once."""
     strided = zip(tensor.shape, tensor.stride(), strict=True)
     return prod(size for size, stride in strided if stride) * tensor.element_size()
@@ -164,19 +164,19 @@ class Recorder(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not function.is_view and name not in FREE and function.namespace == "aten":
-            self.sequence.append((name, _work_of_operation(name, _tensors(args, kwargs), _tensors(out))))
+            self.sequence.append((name, _work_of_operation(name, tensors_in(args, kwargs), tensors_in(out))))
         return out
 
 
 def _work_of_operation(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
-    written, elements = sum(map(_bytes, outputs)), outputs[0].numel()
+    written, elements = sum(map(memory_behind, outputs)), outputs[0].numel()
     if name.startswith("randn"):  # Philox as well, one for four
         return Work(written, floats=BOX_MULLER / 2 * elements, integers=PHILOX / 4 * elements)
     dots = 2 * elements * inputs[0].shape[-1] if name == "bmm" else 0
-    return Work(PASSES.get(name, 1) * sum(map(_bytes, inputs)) + written, dots)
+    return Work(PASSES.get(name, 1) * sum(map(memory_behind, inputs)) + written, dots)
 
 
-def _tensors(*trees) -> list[Tensor]:
+def tensors_in(*trees) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)}.values())
 
 
