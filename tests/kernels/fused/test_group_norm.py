@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operations import assert_no_worse, draw, error, worst
 from torch.library import opcheck
-from traffic import traffic
+from traffic import traffic, traffic_of
 
 import kernels
 
@@ -231,14 +231,10 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
     shape, groups, _ = PATHS[name]
     leaves = inputs(shape, dtype=dtype, device=device)
     image = leaves[0].numel() * dtype.itemsize
-    with traffic() as seen:
-        y = normalized(*leaves, groups)
-    assert (seen.read["x"] + seen.written["y"]) / (2 * image) == forward
-    with traffic() as seen_backward:
-        gradients(y, leaves)
-    images = seen_backward.read["x"] + seen_backward.read["dy"] + seen_backward.written["dx"]
-    assert images / (3 * image) == pytest.approx(backward)
-    assert max(seen.read["y"], seen_backward.read["dx"]) == 0
+    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    assert (there.read["x"] + there.written["y"]) / (2 * image) == forward
+    assert (back.read["x"] + back.read["dy"] + back.written["dx"]) / (3 * image) == pytest.approx(backward)
+    assert max(there.read["y"], back.read["dx"]) == 0
 
 
 @pytest.mark.interpreter
@@ -248,12 +244,9 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
 def test_all_else_that_moves_is_little(device, shape, groups, forward, backward):
     leaves = inputs(shape, dtype=torch.bfloat16, device=device)
     image = 2 * leaves[0].numel()
-    with traffic() as seen:
-        y = normalized(*leaves, groups)
-    with traffic() as seen_backward:
-        gradients(y, leaves)
-    assert forward < seen.total() / (2 * image) < forward + 0.03
-    assert backward < seen_backward.total() / (3 * image) < backward + 0.03
+    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    assert forward < there.total() / (2 * image) < forward + 0.03
+    assert backward < back.total() / (3 * image) < backward + 0.03
 
 
 @pytest.mark.interpreter

@@ -6,7 +6,7 @@ from helpers import DTYPES, FEW, HALVES, SEEDS, doubled, images, on_reference, w
 from hypothesis import given
 from hypothesis import strategies as st
 from operations import assert_no_worse, draw, error
-from traffic import traffic
+from traffic import traffic, traffic_of
 
 import kernels
 from kernels.fused.regression_loss import LONGEST
@@ -151,11 +151,8 @@ def test_bytes_of_the_regression_loss(device, with_gradient, form):
 def test_bytes_of_the_sid_loss(device):
     inputs = images((2, 3, 64, 64), (torch.float32,) * 3, device, (True,) * 3)
     n = inputs[0].numel()
-    with traffic() as forward:
-        loss = kernels.sid_generator_loss(*inputs, 1.2)
+    forward, backward = traffic_of(lambda: kernels.sid_generator_loss(*inputs, 1.2), inputs)
     assert forward.total() / (3 * 4 * n) == pytest.approx(1.00, abs=0.005)
-    with traffic() as backward:
-        gradients(loss, inputs)
     assert backward.total() / (6 * 4 * n) == pytest.approx(1.00, abs=0.005)
 
 

@@ -8,7 +8,7 @@ from helpers import DTYPES, FEW, HALVES, SEEDS, doubled, images, on_reference, w
 from hypothesis import given
 from hypothesis import strategies as st
 from operations import assert_no_worse, draw, error
-from traffic import traffic
+from traffic import traffic, traffic_of
 
 import kernels
 
@@ -173,9 +173,7 @@ def test_forward_noising_reads_the_image_alone(device):
 def test_the_gradient_reads_images_only_under_a_clip(device, clip, images_read):
     z, a = images((2, 3, 32, 32), (torch.float32,) * 2, device)
     coef_z, coef_a = coefficients(2, 2, device)
-    result = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=clip)
-    with traffic() as seen:
-        gradients(result, (z, a))
+    _, seen = traffic_of(lambda: kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=clip), (z, a))
     assert seen.total() / (4 * z.numel() * (images_read + 2)) == pytest.approx(1.00, abs=0.005)
 
 
