@@ -38,6 +38,10 @@ def draw(*shape, seed=0, dtype=torch.float32, device="cpu", channels_last=False)
     return values.contiguous(memory_format=torch.channels_last) if channels_last else values
 
 
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def error(value, exact):
     """‖value − exact‖/‖exact‖, in float64."""
     value, exact = value.detach().double().cpu(), exact.detach().double().cpu()

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from operations import meta
 
 import kernels
 
@@ -14,10 +15,6 @@ if "kernels.fused.launch" in sys.modules and sys.modules["kernels.fused.launch"]
 
 from kernels.fused.launch import listen
 from kernels.inspect import compile_launch
-
-
-def meta(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def launched(operation, *sizes, multiprocessors):
