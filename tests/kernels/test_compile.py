@@ -23,6 +23,19 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+def compiled_in_one_piece(function, *arguments):
+    """What it gives, and its only graph, as text."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    result = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
+    (graph,) = graphs
+    return result, graph
+
+
 def arguments(config: UNetConfig, device: str):
     z = torch.empty(2, config.image_channels, *config.image_size, device=device).fill_(0.5)
     return z, torch.full((2,), 0.5, device=device), torch.zeros(2, dtype=torch.int64, device=device)
@@ -49,18 +62,10 @@ def test_a_unet_of_triton_operators_has_no_graph_breaks():
     config = PRESETS["cifar10"]
     with torch.device("meta"):
         network = UNet(config)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     with kernels.use("triton"):
-        compiled = torch.compile(network, fullgraph=True, backend=backend)
-        assert compiled(*arguments(config, "meta")).shape == (2, 3, 32, 32)
-    assert len(graphs) == 1
-    assert "fastdiff.group_norm" in str(graphs[0].print_readable(print_output=False))
-    assert "fastdiff.attention" in str(graphs[0].print_readable(print_output=False))
+        out, graph = compiled_in_one_piece(network, *arguments(config, "meta"))
+    assert out.shape == (2, 3, 32, 32)
+    assert "fastdiff.group_norm" in graph and "fastdiff.attention" in graph
 
 
 MODES = {
@@ -78,18 +83,11 @@ def test_each_triton_operator_is_traced_with_gradients_and_without(name, mode, w
     pytest.importorskip("triton")
     x = torch.empty(SHAPE, device="meta", requires_grad=wanted)
     function = operations("meta")[name]
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     with kernels.use("triton"), MODES[mode]():
-        compiled, plain = torch.compile(function, fullgraph=True, backend=backend)(x), function(x)
+        (compiled, graph), plain = compiled_in_one_piece(function, x), function(x)
     assert (compiled.shape, compiled.dtype, compiled.stride()) == (plain.shape, plain.dtype, plain.stride())
     assert compiled.requires_grad == plain.requires_grad == (wanted and mode in ("gradients", "autocast"))
-    assert len(graphs) == 1
-    assert f"fastdiff.{name}" in graphs[0].print_readable(print_output=False)
+    assert f"fastdiff.{name}" in graph
     if compiled.requires_grad:
         assert torch.autograd.grad(compiled, x, torch.empty_like(compiled))[0].shape == x.shape
 
@@ -99,25 +97,21 @@ def test_fake_cuda_tensors_run_the_triton_operators():
     pytest.importorskip("triton")
     launched = []
     with FakeTensorMode(), torch.no_grad(), listen(lambda launch: launched.append(launch.kernel.fn.__name__)):
-        image = torch.empty((4, 64, 16, 16), device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
-        coef = torch.empty(4, device="cuda")
-        ids = torch.empty(4, dtype=torch.int64, device="cuda")
-        key = {"seed": 2**64 - 1, "sample_ids": ids, "step": 2**31}
+        empty = partial(torch.empty, device="cuda")
+        image = empty(4, 64, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
+        coef, weight = empty(4), empty(64)
+        key = {"seed": 2**64 - 1, "sample_ids": empty(4, dtype=torch.int64), "step": 2**31}
         state = kernels.affine_update(image, image, coef_z=coef, coef_a=coef, clip=1.0, coef_noise=coef, **key)
         assert (state.dtype, state.device.type) == (torch.float32, "cuda")
         assert state.is_contiguous(memory_format=torch.channels_last)
         assert kernels.add_noise(state, coef, **key)[1].stride() == state.stride()
-        loss = kernels.affine_regression_loss(
-            image, state, image, None, coef_z=coef, coef_a=coef, coef_b=None, weight=coef
-        )
+        coefs = {"coef_z": coef, "coef_a": coef, "coef_b": None, "weight": coef}
+        loss = kernels.affine_regression_loss(image, state, image, None, **coefs)
         assert (loss.shape, loss.dtype) == ((4,), torch.float32)
         assert kernels.sid_generator_loss(state, state, image, 1.2).shape == (4,)
-        normed = kernels.group_norm(
-            image, 32, torch.empty(64, device="cuda"), torch.empty(64, device="cuda"), silu=True
-        )
+        normed = kernels.group_norm(image, 32, weight, weight, silu=True)
         assert (normed.dtype, normed.stride()) == (image.dtype, image.stride())
-        qkv = torch.empty(4, 64, 192, device="cuda", dtype=torch.bfloat16)
-        assert kernels.attention(qkv, 1).shape == (4, 64, 64)
+        assert kernels.attention(empty(4, 64, 192, dtype=torch.bfloat16), 1).shape == (4, 64, 64)
         from kernels import fused
 
         assert backend.implementation("group_norm", image) is fused.group_norm  # which launches nothing on fake tensors

@@ -4,13 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import operations
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 from torch.autograd import gradcheck
@@ -20,14 +20,11 @@ from kernels import backend, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = 0xFFFFFFFF
+draw = partial(operations.draw, dtype=torch.float64)
 
 
 def ids(*values):
     return torch.tensor(values, dtype=torch.int64)
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def wide(coefficient):
@@ -89,34 +86,11 @@ def test_the_stream_is_counted_by_block_step_and_sample(seed, sample, step):
     np.testing.assert_allclose(kernels.randn((1, 11), **key)[0].numpy(), normals[:11], atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def million():
-    return kernels.randn((1000, 1000), seed=11, sample_ids=torch.arange(1000), step=4, device="cpu").double().numpy()
+def test_a_million_normals_are_standard_and_independent():
+    def normals(**key):
+        return as_float64(kernels.randn((1000, 1000), sample_ids=torch.arange(1000), device="cpu", **key))
 
-
-def test_normals_have_the_moments_of_a_standard_normal(million):
-    count = million.size
-    assert np.isfinite(million).all()
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((million**power).mean() - moment) < 4.5 * math.sqrt(variance / count)
-    assert 4.4 < np.abs(million).max() < 6.5
-
-
-def test_normals_pass_the_kolmogorov_smirnov_test(million):
-    assert stats.kstest(million.ravel(), "norm").pvalue > 1e-3
-    assert stats.kstest(million[:, 0], "norm").pvalue > 1e-3  # over samples, at one pixel
-    assert stats.kstest(million[0], "norm").pvalue > 1e-3  # over pixels, of one sample
-
-
-def test_normals_are_uncorrelated_between_pixels_samples_steps_and_seeds(million):
-    limit = 4.5 / math.sqrt(million.size)
-    for lag in (1, 2, 3, 4, 8):
-        assert abs((million[:, lag:] * million[:, :-lag]).mean()) < 1.01 * limit
-        assert abs((million[lag:] * million[:-lag]).mean()) < 1.01 * limit
-        assert abs(((million[:, lag:] ** 2 - 1) * (million[:, :-lag] ** 2 - 1)).mean()) < 2.02 * limit
-    for change in ({"seed": 12, "step": 4}, {"seed": 11, "step": 5}):
-        other = kernels.randn((1000, 1000), sample_ids=torch.arange(1000), device="cpu", **change)
-        assert abs((million * other.double().numpy()).mean()) < limit
+    operations.assert_standard_normal(normals)
 
 
 @pytest.mark.parametrize("name", ["randn", "rand"])
@@ -169,13 +143,6 @@ def test_uniforms_fill_the_unit_interval():
     assert abs(np.corrcoef(uniforms[:, :-1].ravel(), uniforms[:, 1:].ravel())[0, 1]) < 4.5 / math.sqrt(5e5)
 
 
-@pytest.mark.parametrize("bad", [ids(1, 2, 3), ids(1), ids(1, 2)[:, None], torch.tensor([1, 2], dtype=torch.int32)])
-@pytest.mark.parametrize("name", ["randn", "rand"])
-def test_ids_that_do_not_fit_the_shape_are_a_value_error(name, bad):
-    with pytest.raises(ValueError, match=f"{name}: sample_ids"):
-        getattr(kernels, name)((2, 4), seed=0, sample_ids=bad, step=0, device="cpu")
-
-
 # --- the update ---
 
 SHAPE = (3, 2, 4, 5)
@@ -187,38 +154,55 @@ MIXES = [
     (torch.bfloat16, torch.float16, torch.float32),
     (torch.float32, torch.float64, torch.bfloat16),
 ]
+PERCENTILE = torch.tensor([0.25, 1.5, 2.5])
+STEP = {"coef_z": torch.tensor([0.1, 0.2, 0.3]), "coef_x": torch.tensor([2.0, 3.0, -4.0])}
+CLIPS = {
+    "no clip": None,
+    "number": 0.75,
+    "number in a Clip": kernels.Clip(0.75),
+    "number, step": kernels.Clip(0.75, **STEP),
+    "percentile": PERCENTILE,
+    "percentile in a Clip": kernels.Clip(PERCENTILE),
+    "percentile, step": kernels.Clip(PERCENTILE, **STEP),
+}
+
+
+def update_by_hand(z, a, b, *, coef_z, coef_a, coef_b, clip, coef_noise, **key):
+    """The definition, in NumPy and float64."""
+    terms = ((coef_z, z), (coef_a, a), (coef_b, b))
+    out = sum(wide(coefficient) * as_float64(image) for coefficient, image in terms if coefficient is not None)
+    if clip is not None:
+        limit, step_z, step_x = clip if isinstance(clip, kernels.Clip) else kernels.Clip(clip)
+        divides = isinstance(limit, torch.Tensor)  # Imagen's dynamic thresholding; under 1 it clips at 1
+        bound = wide(limit.clamp(min=1)) if divides else limit
+        assert (np.abs(out) > bound).any(axis=(1, 2, 3)).all()
+        out = np.clip(out, -bound, bound) / (bound if divides else 1)
+        if step_z is not None:
+            out = wide(step_z) * as_float64(z) + wide(step_x) * out
+    return out if coef_noise is None else out + wide(coef_noise) * as_float64(kernels.randn(SHAPE, device="cpu", **key))
 
 
 @pytest.mark.parametrize("dtypes", MIXES, ids=str)
 @pytest.mark.parametrize("with_b", [False, True])
 @pytest.mark.parametrize("with_z", [False, True])
-def test_affine_update_is_the_sum_of_its_terms(dtypes, with_b, with_z):
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+def test_affine_update_sums_clips_steps_on_and_adds_noise(clip, noisy, with_z, with_b, dtypes):
     z, a, b = (draw(*SHAPE, seed=k, dtype=dtype) for k, dtype in enumerate(dtypes))
-    coef_z, coef_a, coef_b = COEFFICIENTS
-    expected = wide(coef_a) * as_float64(a)
-    if with_z:
-        expected += wide(coef_z) * as_float64(z)
-    if with_b:
-        expected += wide(coef_b) * as_float64(b)
-    result = kernels.affine_update(
-        z,
-        a,
-        b if with_b else None,
-        coef_z=coef_z if with_z else None,
-        coef_a=coef_a,
-        coef_b=coef_b if with_b else None,
-    )
+    coef_z, coef_a, coef_b = (coefficient.double() / 0.7 for coefficient in COEFFICIENTS)  # float32 would round them
+    options = {
+        "coef_z": coef_z if with_z else None,
+        "coef_a": coef_a,
+        "coef_b": coef_b if with_b else None,
+        "clip": clip,
+        "coef_noise": torch.tensor([0.0, 1.0, 0.5]) if noisy else None,
+    } | {"seed": 2**40 + 1, "sample_ids": ids(2**35, 0, 8), "step": 3}
+    b = b if with_b else None
+    result = kernels.affine_update(z, a, b, **options)
     double = torch.float64 in (dtypes if with_b else dtypes[:2])
     assert result.dtype == (torch.float64 if double else torch.float32)
     tolerance = 1e-14 if double else 3e-6  # half-precision inputs are exact in float32: nothing else is rounded
-    np.testing.assert_allclose(as_float64(result), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_float64_coefficients_lose_nothing_on_float64_images():
-    z, a = draw(*SHAPE), draw(*SHAPE, seed=1)
-    coef_z, coef_a = (torch.tensor([1 / 3, 2 / 7, math.pi], dtype=torch.float64) * k for k in (1, -1))
-    result = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a)
-    np.testing.assert_allclose(result.numpy(), wide(coef_z) * z.numpy() + wide(coef_a) * a.numpy(), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(as_float64(result), update_by_hand(z, a, b, **options), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -231,159 +215,13 @@ def test_affine_update_rounds_once_to_out_dtype(dtype):
     assert torch.equal(result, full.to(dtype))
 
 
-@settings(max_examples=40, deadline=None)
-@given(limit=st.floats(0.01, 3), seed=st.integers(0, 1000))
-def test_a_number_clips_the_sum(limit, seed):
-    z, a = draw(*SHAPE, seed=seed), draw(*SHAPE, seed=seed + 1)
-    coef_z, coef_a, _ = COEFFICIENTS
-    total = wide(coef_z) * z.numpy() + wide(coef_a) * a.numpy()
-    for clip in (limit, kernels.Clip(limit)):
-        result = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=clip)
-        np.testing.assert_allclose(result.numpy(), np.clip(total, -limit, limit), atol=1e-13)
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_tensor_clips_each_sample_at_its_percentile_and_divides(wrapped):
-    """Imagen's dynamic thresholding: a percentile under 1 clips at 1 and does not divide."""
-    z, a = draw(*SHAPE), draw(*SHAPE, seed=1)
-    coef_z, coef_a, _ = COEFFICIENTS
-    percentile = torch.tensor([0.25, 1.5, 2.5])
-    total = wide(coef_z) * z.numpy() + wide(coef_a) * a.numpy()
-    limit = wide([1.0, 1.5, 2.5])
-    assert (np.abs(total) > limit).any(axis=(1, 2, 3)).all()
-    clip = kernels.Clip(percentile) if wrapped else percentile
-    result = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=clip)
-    np.testing.assert_allclose(result.numpy(), np.clip(total, -limit, limit) / limit, atol=1e-13)
-
-
-@pytest.mark.parametrize("limit", [0.75, torch.tensor([0.25, 1.5, 2.5])], ids=["number", "tensor"])
-def test_a_clip_with_coefficients_steps_on_from_the_clipped_image(limit):
-    z, a, b = (draw(*SHAPE, seed=k) for k in range(3))
-    coef_z, coef_a, coef_b = COEFFICIENTS
-    step_z, step_x, noise = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3.0, -4.0]), torch.tensor([0.0, 1.0, 0.5])
-    image = wide(coef_z) * z.numpy() + wide(coef_a) * a.numpy() + wide(coef_b) * b.numpy()
-    if isinstance(limit, float):
-        image = np.clip(image, -limit, limit)
-    else:
-        image = np.clip(image, -wide([1.0, 1.5, 2.5]), wide([1.0, 1.5, 2.5])) / wide([1.0, 1.5, 2.5])
-    key = {"seed": 5, "sample_ids": ids(3, 1, 2), "step": 6}
-    expected = wide(step_z) * z.numpy() + wide(step_x) * image
-    expected += wide(noise) * as_float64(kernels.randn(SHAPE, device="cpu", **key))
-    result = kernels.affine_update(
-        z,
-        a,
-        b,
-        coef_z=coef_z,
-        coef_a=coef_a,
-        coef_b=coef_b,
-        clip=kernels.Clip(limit, step_z, step_x),
-        coef_noise=noise,
-        **key,
-    )
-    np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
-
-
-def test_noise_is_added_after_the_clip_and_comes_from_the_named_stream():
-    z, a = draw(*SHAPE, dtype=torch.float32), draw(*SHAPE, seed=1, dtype=torch.float32)
-    coef_z, coef_a, coef_noise = COEFFICIENTS
-    key = {"seed": 2**40 + 1, "sample_ids": ids(2**35, 0, 8), "step": 3}
-    quiet = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=0.5)
-    noisy = kernels.affine_update(z, a, coef_z=coef_z, coef_a=coef_a, clip=0.5, coef_noise=coef_noise, **key)
-    expected = quiet + coef_noise[:, None, None, None] * kernels.randn(SHAPE, device="cpu", **key)
-    torch.testing.assert_close(noisy, expected, rtol=1e-6, atol=1e-6)
-
-
 def test_an_empty_batch_gives_an_empty_batch():
-    nothing, none = torch.empty(0, 2, 4, 4), torch.empty(0)
-    result = kernels.affine_update(
-        nothing,
-        nothing,
-        nothing,
-        coef_z=none,
-        coef_a=none,
-        coef_b=none,
-        clip=1.0,
-        coef_noise=none,
-        seed=0,
-        sample_ids=ids(),
-    )
-    assert result.shape == (0, 2, 4, 4)
-    loss = kernels.affine_regression_loss(
-        nothing, nothing, nothing, nothing, coef_z=none, coef_a=none, coef_b=none, weight=none
-    )
-    assert loss.shape == (0,)
-    assert kernels.sid_generator_loss(nothing, nothing, nothing, 1.2).shape == (0,)
-
-
-def update_arguments():
-    z = torch.zeros(SHAPE)
-    one = torch.ones(3)
-    return {"z": z, "a": z, "b": z, "coef_z": one, "coef_a": one, "coef_b": one} | {
-        "coef_noise": one,
-        "seed": 0,
-        "sample_ids": ids(0, 1, 2),
-        "step": 0,
-    }
-
-
-def test_the_arguments_that_the_next_test_breaks_are_good():
-    assert kernels.affine_update(**update_arguments()).shape == SHAPE
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"a": torch.zeros(3, 2, 4, 1)}, "a has shape"),
-        ({"b": torch.zeros(1, 2, 4, 5)}, "b has shape"),
-        ({"coef_z": torch.ones(1)}, "coef_z"),
-        ({"coef_a": torch.ones(2)}, "coef_a"),
-        ({"coef_a": torch.ones(3, 1)}, "coef_a"),
-        ({"coef_a": torch.tensor(1.0)}, "coef_a"),
-        ({"coef_b": torch.ones(4)}, "coef_b"),
-        ({"coef_noise": torch.ones(1)}, "coef_noise"),
-        ({"coef_b": None}, "b and coef_b"),
-        ({"b": None}, "b and coef_b"),
-        ({"seed": None}, "seed"),
-        ({"sample_ids": None}, "sample_ids"),
-        ({"sample_ids": ids(0)}, "sample_ids"),
-        ({"sample_ids": ids(0, 1, 2, 3)}, "sample_ids"),
-        ({"sample_ids": torch.arange(3, dtype=torch.int32)}, "sample_ids"),
-        ({"clip": torch.ones(1)}, "clip"),
-        ({"clip": torch.ones(2)}, "clip"),
-        ({"clip": kernels.Clip(1.0, torch.ones(1), torch.ones(3))}, "clip"),
-        ({"clip": kernels.Clip(1.0, torch.ones(3), torch.ones(2))}, "clip"),
-        ({"clip": kernels.Clip(1.0, torch.ones(3), None)}, "clip"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else ",".join(value),
-)
-def test_affine_update_names_the_argument_that_does_not_fit(change, named):
-    with pytest.raises(ValueError, match=f"affine_update.*{named}"):
-        kernels.affine_update(**update_arguments() | change)
-
-
-INTEGER = torch.zeros(SHAPE, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"z": INTEGER}, "z must be"),
-        ({"a": INTEGER}, "a must be"),
-        ({"coef_a": torch.ones(3, dtype=torch.int64)}, "coef_a must be"),
-        ({"coef_noise": torch.ones(3, dtype=torch.bool)}, "coef_noise must be"),
-    ],
-    ids=str,
-)
-def test_affine_update_takes_floating_tensors_only(change, named):
-    with pytest.raises(TypeError, match=f"affine_update: {named}"):
-        kernels.affine_update(**update_arguments() | change)
-
-
-@pytest.mark.parametrize("name", ["a", "b", "coef_z", "coef_noise", "sample_ids"])
-def test_affine_update_wants_all_on_one_device(name):
-    arguments = update_arguments()
-    with pytest.raises(ValueError, match=f"affine_update: {name} is on meta"):
-        kernels.affine_update(**arguments | {name: arguments[name].to("meta")})
+    image, none = torch.empty(0, 2, 4, 4), torch.empty(0)
+    coefs = {"coef_z": none, "coef_a": none, "coef_b": none}
+    noise = {"coef_noise": none, "seed": 0, "sample_ids": ids()}
+    assert kernels.affine_update(image, image, image, **coefs, clip=1.0, **noise).shape == (0, 2, 4, 4)
+    assert kernels.affine_regression_loss(image, image, image, image, **coefs, weight=none).shape == (0,)
+    assert kernels.sid_generator_loss(image, image, image, 1.2).shape == (0,)
 
 
 # --- the steps of the samplers ---
@@ -404,37 +242,35 @@ def direct_step(z, velocity, start, end, limit=None):
     return np.cos(wide(end)) * x + np.sin(wide(end)) * eps
 
 
-def guided_velocity(v_cond, v_uncond):
+def step_arguments(unguided):
+    """z, v_cond, v_uncond, guidance; and the guided velocity."""
+    z, v_cond, v_uncond = (draw(*SHAPE, seed=k) for k in range(3))
+    if unguided:
+        return (z, v_cond, None, None), v_cond.numpy()
     w = wide(GUIDANCE)
-    return v_cond.numpy() if v_uncond is None else (1 + w) * v_cond.numpy() - w * v_uncond.numpy()
+    return (z, v_cond, v_uncond, GUIDANCE), (1 + w) * v_cond.numpy() - w * v_uncond.numpy()
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("unguided", [False, True])
 def test_guided_step_is_ddim_with_guidance(unguided, clip):
-    z, v_cond, v_uncond = (draw(*SHAPE, seed=k) for k in range(3))
-    v_uncond = None if unguided else v_uncond
-    result = kernels.guided_step(z, v_cond, v_uncond, None if unguided else GUIDANCE, FROM, TO, clip=clip)
-    expected = direct_step(z.numpy(), guided_velocity(v_cond, v_uncond), FROM, TO, clip)
-    np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
-    if clip is not None:
-        assert not np.allclose(expected, direct_step(z.numpy(), guided_velocity(v_cond, v_uncond), FROM, TO))
+    (z, *rest), velocity = step_arguments(unguided)
+    expected = direct_step(z.numpy(), velocity, FROM, TO, clip)
+    np.testing.assert_allclose(kernels.guided_step(z, *rest, FROM, TO, clip=clip).numpy(), expected, atol=1e-12)
+    assert clip is None or not np.allclose(expected, direct_step(z.numpy(), velocity, FROM, TO))
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("unguided", [False, True])
 def test_stochastic_step_goes_far_and_noises_back(unguided, clip):
-    z, v_cond, v_uncond = (draw(*SHAPE, seed=k) for k in range(3))
-    v_uncond = None if unguided else v_uncond
+    (z, *rest), velocity = step_arguments(unguided)
     key = {"seed": 1, "sample_ids": ids(5, 6, 7), "step": 2}
-    result = kernels.stochastic_step(
-        z, v_cond, v_uncond, None if unguided else GUIDANCE, FROM, FAR, TO, clip=clip, **key
-    )
-    far = direct_step(z.numpy(), guided_velocity(v_cond, v_uncond), FROM, FAR, clip)
+    result = kernels.stochastic_step(z, *rest, FROM, FAR, TO, clip=clip, **key)
     keep = np.cos(wide(TO)) / np.cos(wide(FAR))
     std = np.sqrt(np.sin(wide(TO)) ** 2 - (np.sin(wide(FAR)) * keep) ** 2)
-    noise = as_float64(kernels.randn(SHAPE, device="cpu", **key))
-    np.testing.assert_allclose(result.numpy(), keep * far + std * noise, atol=1e-12)
+    expected = keep * direct_step(z.numpy(), velocity, FROM, FAR, clip)
+    expected += std * as_float64(kernels.randn(SHAPE, device="cpu", **key))
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
 
 
 def test_steps_return_float32_for_float32():
@@ -463,11 +299,7 @@ def regression_arguments(**change):
     return images | coefficients | {"weight": torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)} | change
 
 
-REGRESSIONS = [{}, {"b": None, "coef_b": None}, {"coef_z": None}]
-REGRESSION_NAMES = ["all", "no b", "no z"]
-
-
-@pytest.mark.parametrize("change", REGRESSIONS, ids=REGRESSION_NAMES)
+@pytest.mark.parametrize("change", [{}, {"b": None, "coef_b": None}, {"coef_z": None}], ids=["all", "no b", "no z"])
 def test_affine_regression_loss_is_a_weighted_mean_square(change):
     arguments = regression_arguments(**change)
     target = np.zeros(SHAPE)
@@ -509,27 +341,6 @@ def test_half_precision_predictions_are_compared_in_float32():
     prediction = arguments["prediction"].requires_grad_()
     (gradient,) = torch.autograd.grad(kernels.affine_regression_loss(**arguments).sum(), prediction)
     assert gradient.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"z": torch.zeros(3, 2, 4, 1)}, "z has shape"),
-        ({"a": torch.zeros(1, 2, 4, 5)}, "a has shape"),
-        ({"b": torch.zeros(3, 2, 4)}, "b has shape"),
-        ({"coef_z": torch.ones(1)}, "coef_z"),
-        ({"coef_a": torch.ones(2)}, "coef_a"),
-        ({"coef_b": torch.ones(3, 1)}, "coef_b"),
-        ({"weight": torch.ones(1)}, "weight"),
-        ({"weight": torch.tensor(1.0)}, "weight"),
-        ({"b": None}, "b and coef_b"),
-        ({"coef_b": None}, "b and coef_b"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else ",".join(value),
-)
-def test_affine_regression_loss_names_the_argument_that_does_not_fit(change, named):
-    with pytest.raises(ValueError, match=f"affine_regression_loss.*{named}"):
-        kernels.affine_regression_loss(**regression_arguments(**change))
 
 
 def sid_by_hand(teacher, fake, generated, alpha):
@@ -578,14 +389,6 @@ def test_sid_loss_of_a_perfect_generator_is_finite():
     assert torch.equal(kernels.sid_generator_loss(image, image, image, 1.2), torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("position", [1, 2])
-def test_sid_loss_names_the_image_that_does_not_fit(position):
-    inputs = [torch.zeros(SHAPE) for _ in range(3)]
-    inputs[position] = torch.zeros(3, 2, 4, 1)
-    with pytest.raises(ValueError, match=f"sid_generator_loss: {('', 'fake_x', 'generated_x')[position]} has shape"):
-        kernels.sid_generator_loss(*inputs, 1.2)
-
-
 # --- the network's operations ---
 
 
@@ -595,9 +398,8 @@ def test_sid_loss_names_the_image_that_does_not_fit(position):
 def test_group_norm_is_norm_then_modulation_then_silu(modulated, silu, channels_last):
     norm = nn.GroupNorm(4, 12, eps=1e-3).double()
     norm.weight.data, norm.bias.data = draw(12, seed=1), draw(12, seed=2)
-    x, scale, shift = 2 + 3 * draw(3, 12, 5, 7), draw(3, 12, seed=4), draw(3, 12, seed=5)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = 2 + 3 * draw(3, 12, 5, 7, channels_last=channels_last)
+    scale, shift = draw(3, 12, seed=4), draw(3, 12, seed=5)
     leaves = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias, scale, shift)]
     modulation = {"scale": leaves[3], "shift": leaves[4]} if modulated else {}
     result = kernels.group_norm(leaves[0], 4, leaves[1], leaves[2], 1e-3, silu=silu, **modulation)
@@ -621,43 +423,25 @@ def test_group_norm_takes_its_statistics_over_each_group():
 
 def test_group_norm_passes_gradcheck():
     inputs = [t.requires_grad_() for t in (draw(2, 4, 2, 3), draw(4), draw(4, seed=1), draw(2, 4), draw(2, 4, seed=3))]
-    assert gradcheck(
-        lambda x, weight, bias, scale, shift: kernels.group_norm(
-            x, 2, weight, bias, scale=scale, shift=shift, silu=True
-        ),
-        inputs,
-    )
+
+    def norm(x, weight, bias, scale, shift):
+        return kernels.group_norm(x, 2, weight, bias, scale=scale, shift=shift, silu=True)
+
+    assert gradcheck(norm, inputs)
 
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_group_norm_returns_the_dtype_of_a_half_precision_image(dtype, modulated):
     """Weights and modulation may be float32, as they are under autocast."""
-    x = draw(2, 8, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = draw(2, 8, 4, 4, dtype=dtype, channels_last=True)
     weight, bias, scale, shift = draw(8).float(), draw(8, seed=1).float(), draw(2, 8).float(), draw(2, 8).float()
-    modulation = {"scale": scale, "shift": shift} if modulated else {}
-    result = kernels.group_norm(x, 4, weight, bias, silu=True, **modulation)
+    arguments = {"x": x, "weight": weight, "bias": bias} | ({"scale": scale, "shift": shift} if modulated else {})
+    result = kernels.group_norm(num_groups=4, silu=True, **arguments)
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
-    exact = kernels.group_norm(
-        x.double(), 4, weight.double(), bias.double(), silu=True, **{k: v.double() for k, v in modulation.items()}
-    )
+    exact = kernels.group_norm(num_groups=4, silu=True, **{key: value.double() for key, value in arguments.items()})
     torch.testing.assert_close(result.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize(
-    ("x", "groups", "modulation", "named"),
-    [
-        (torch.zeros(2, 6, 4), 3, {}, "B, C, H, W"),
-        (torch.zeros(2, 6, 4, 4), 4, {}, "4 groups do not divide 6"),
-        (torch.zeros(2, 6, 4, 4), 0, {}, "0 groups"),
-        (torch.zeros(2, 6, 4, 4), 3, {"scale": torch.zeros(2, 6)}, "scale and shift"),
-        (torch.zeros(2, 6, 4, 4), 3, {"shift": torch.zeros(2, 6)}, "scale and shift"),
-    ],
-)
-def test_group_norm_names_what_is_wrong(x, groups, modulation, named):
-    with pytest.raises(ValueError, match=f"group_norm: .*{named}"):
-        kernels.group_norm(x, groups, torch.ones(6), torch.zeros(6), **modulation)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
@@ -679,56 +463,93 @@ def test_attention_passes_gradcheck():
     assert gradcheck(lambda qkv: kernels.attention(qkv, 2), (draw(1, 3, 12).requires_grad_(),))
 
 
-@pytest.mark.parametrize(("shape", "heads"), [((2, 5), 1), ((2, 5, 10), 1), ((2, 5, 12), 3), ((2, 5, 12), 0)])
-def test_attention_names_what_is_wrong(shape, heads):
-    with pytest.raises(ValueError, match="attention: qkv"):
-        kernels.attention(torch.zeros(shape), heads)
+# --- what is refused ---
 
-
-# --- arguments that are nothing of the kind ---
-
+IMAGE, ONE, STREAM = torch.zeros(SHAPE), torch.ones(3), {"seed": 0, "sample_ids": ids(0, 1, 2), "step": 0}
+COEFS, SID = {"coef_z": ONE, "coef_a": ONE, "coef_b": ONE}, ("teacher_x", "fake_x", "generated_x")
 GOOD = {
-    "affine_update": update_arguments,
-    "affine_regression_loss": lambda: {
-        "prediction": torch.zeros(SHAPE),
-        "z": torch.zeros(SHAPE),
-        "a": torch.zeros(SHAPE),
-        "b": None,
-        "coef_z": torch.ones(3),
-        "coef_a": torch.ones(3),
-        "coef_b": None,
-        "weight": torch.ones(3),
-    },
-    "sid_generator_loss": lambda: {
-        "teacher_x": torch.zeros(SHAPE),
-        "fake_x": torch.zeros(SHAPE),
-        "generated_x": torch.zeros(SHAPE),
-        "alpha": 1.0,
-    },
-    "add_noise": lambda: {
-        "x": torch.zeros(SHAPE),
-        "angle": torch.ones(3),
-        "seed": 0,
-        "sample_ids": ids(0, 1, 2),
-        "step": 0,
-    },
-    "group_norm": lambda: {
-        "x": torch.zeros(3, 4, 2, 2),
-        "num_groups": 2,
-        "weight": torch.ones(4),
-        "bias": torch.ones(4),
-        "eps": 1e-5,
-    },
-    "attention": lambda: {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
-    "randn": lambda: {"shape": (3, 4), "seed": 0, "sample_ids": ids(0, 1, 2), "step": 0, "device": "cpu"},
+    "affine_update": {"z": IMAGE, "a": IMAGE, "b": IMAGE, "coef_noise": ONE} | COEFS | STREAM,
+    "affine_regression_loss": {"prediction": IMAGE, "z": IMAGE, "a": IMAGE, "b": IMAGE, "weight": ONE} | COEFS,
+    "sid_generator_loss": dict.fromkeys(SID, IMAGE) | {"alpha": 1.0},
+    "add_noise": {"x": IMAGE, "angle": ONE} | STREAM,
+    "group_norm": {"x": IMAGE, "num_groups": 2, "weight": torch.ones(2), "bias": torch.ones(2), "eps": 1e-5},
+    "attention": {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
+    "randn": {"shape": (3, 4), "device": "cpu"} | STREAM,
+    "rand": {"shape": (3, 4), "device": "cpu"} | STREAM,
 }
+NARROW, SINGLE, EMPTY = torch.zeros(3, 2, 4, 1), torch.zeros(1, 2, 4, 5), torch.zeros(3, 0)
+BAD_IDS = [ids(0), ids(0, 1, 2, 3), ids(0, 1, 2)[:, None], torch.arange(3, dtype=torch.int32)]
+
+
+def elsewhere(name, *keys):
+    return [(name, f"{key} is on meta", {key: GOOD[name][key].to("meta")}) for key in keys]
+
+
+VALUE_ERRORS = [  # (operation, what its message says, the arguments that are wrong)
+    ("affine_update", "a has shape", {"a": NARROW}),
+    ("affine_update", "b has shape", {"b": SINGLE}),
+    ("affine_update", "coef_z", {"coef_z": torch.ones(1)}),
+    *[("affine_update", "coef_a", {"coef_a": c}) for c in (torch.ones(2), torch.ones(3, 1), torch.tensor(1.0))],
+    ("affine_update", "coef_b", {"coef_b": torch.ones(4)}),
+    ("affine_update", "coef_noise", {"coef_noise": torch.ones(1)}),
+    *[("affine_update", "b and coef_b", {key: None}) for key in ("b", "coef_b")],
+    *[("affine_update", key, {key: None}) for key in ("seed", "sample_ids")],
+    *[("affine_update", "clip", {"clip": torch.ones(batch)}) for batch in (1, 2)],
+    ("affine_update", "clip", {"clip": kernels.Clip(1.0, torch.ones(1), ONE)}),
+    ("affine_update", "clip", {"clip": kernels.Clip(1.0, ONE, torch.ones(2))}),
+    ("affine_update", "clip", {"clip": kernels.Clip(1.0, ONE, None)}),
+    ("affine_update", "clip must be positive", {"clip": -1.0}),
+    *elsewhere("affine_update", "a", "b", "coef_z", "coef_noise", "sample_ids"),
+    ("affine_regression_loss", "z has shape", {"z": NARROW}),
+    ("affine_regression_loss", "a has shape", {"a": SINGLE}),
+    ("affine_regression_loss", "b has shape", {"b": torch.zeros(3, 2, 4)}),
+    ("affine_regression_loss", "coef_z", {"coef_z": torch.ones(1)}),
+    ("affine_regression_loss", "coef_a", {"coef_a": torch.ones(2)}),
+    ("affine_regression_loss", "coef_b", {"coef_b": torch.ones(3, 1)}),
+    *[("affine_regression_loss", "weight", {"weight": weight}) for weight in (torch.ones(1), torch.tensor(1.0))],
+    *[("affine_regression_loss", "b and coef_b", {key: None}) for key in ("b", "coef_b")],
+    ("affine_regression_loss", "prediction has samples without", dict.fromkeys(("prediction", "z", "a", "b"), EMPTY)),
+    *[("sid_generator_loss", f"{key} has shape", {key: NARROW}) for key in SID[1:]],
+    ("sid_generator_loss", "teacher_x must be", dict.fromkeys(SID, torch.zeros(3))),
+    ("sid_generator_loss", "teacher_x has samples without elements", dict.fromkeys(SID, EMPTY)),
+    ("group_norm", r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}),
+    *[("group_norm", f"{groups} groups do not divide 2", {"num_groups": groups}) for groups in (0, 4)],
+    *[("group_norm", "scale and shift", {key: torch.zeros(3, 2)}) for key in ("scale", "shift")],
+    *[("attention", "qkv", {"qkv": torch.zeros(shape)}) for shape in ((2, 5), (2, 5, 10))],
+    *[("attention", "qkv", {"num_heads": heads}) for heads in (0, 3)],
+    *[("randn", "shape", {"shape": shape}) for shape in ((), (1, -1))],
+    *[(name, "sample_ids", {"sample_ids": bad}) for name in ("affine_update", "randn", "rand") for bad in BAD_IDS],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "wrong"), VALUE_ERRORS, ids=lambda value: ",".join(value) if isinstance(value, dict) else None
+)
+def test_arguments_that_do_not_fit_are_a_value_error_that_names_them(name, says, wrong):
+    with pytest.raises(ValueError, match=f"^{name}: .*{says}"):
+        getattr(kernels, name)(**GOOD[name] | wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[("affine_update", {key: IMAGE.long()}) for key in ("z", "a")],
+        *[("affine_update", wrong) for wrong in ({"coef_a": ONE.long()}, {"coef_noise": ONE.bool()})],
+        ("attention", {"qkv": torch.zeros(2, 5, 12).to(torch.float8_e4m3fn)}),
+    ],
+)
+def test_other_dtypes_are_a_type_error(name, wrong):
+    with pytest.raises(TypeError, match=f"{name}: {next(iter(wrong))} must be float16"):
+        getattr(kernels, name)(**GOOD[name] | wrong)
+
+
 NONSENSE = [
     *[
         (name, key, value)
         for name, keys in {
             "affine_update": ("z", "a", "coef_a"),
             "affine_regression_loss": ("prediction", "z", "a", "coef_a", "weight"),
-            "sid_generator_loss": ("teacher_x", "fake_x", "generated_x"),
+            "sid_generator_loss": SID,
             "add_noise": ("x", "angle", "sample_ids"),
             "group_norm": ("x", "weight", "bias"),
             "attention": ("qkv",),
@@ -752,33 +573,14 @@ NONSENSE = [
 
 @pytest.mark.parametrize(("name", "key", "value"), NONSENSE)
 def test_nonsense_is_a_type_error_that_names_the_argument(name, key, value):
-    with pytest.raises((TypeError, ValueError), match=f"{name}: {key.split('.')[0]}"):
-        getattr(kernels, name)(**GOOD[name]() | {key: value})
+    with pytest.raises((TypeError, ValueError), match=f"{name}: {key}"):
+        getattr(kernels, name)(**GOOD[name] | {key: value})
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_nonsense_is_put_into_is_good(name):
-    out = getattr(kernels, name)(**GOOD[name]())
+def test_the_arguments_that_these_tests_break_are_good(name):
+    out = getattr(kernels, name)(**GOOD[name])
     assert all(torch.isfinite(each).all() for each in (out if isinstance(out, tuple) else (out,)))
-
-
-def test_other_refusals():
-    with pytest.raises(ValueError, match="clip must be positive"):
-        kernels.affine_update(**update_arguments() | {"clip": -1.0})
-    with pytest.raises(ValueError, match="randn: shape"):
-        kernels.randn((), seed=0, sample_ids=ids(), step=0, device="cpu")
-    with pytest.raises(ValueError, match="randn: shape"):
-        kernels.randn((1, -1), seed=0, sample_ids=ids(0), step=0, device="cpu")
-    for name, key in (("affine_regression_loss", "prediction"), ("sid_generator_loss", "teacher_x")):
-        empty = {
-            k: torch.zeros(3, 0) if isinstance(v, torch.Tensor) and v.ndim > 1 else v for k, v in GOOD[name]().items()
-        }
-        with pytest.raises(ValueError, match=f"{name}: {key} has samples without elements"):
-            getattr(kernels, name)(**empty)
-    with pytest.raises(ValueError, match="sid_generator_loss: teacher_x must be"):
-        kernels.sid_generator_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3), 1.0)
-    with pytest.raises(TypeError, match="attention: qkv must be float16"):
-        kernels.attention(torch.zeros(2, 5, 12).to(torch.float8_e4m3fn), 2)
 
 
 def test_numpy_integers_are_integers():
@@ -810,11 +612,6 @@ def marked_triton(monkeypatch):
 
 
 QKV = torch.zeros(1, 2, 3)
-
-
-def test_the_reference_can_be_forced():
-    with kernels.use("reference"):
-        assert kernels.attention(QKV, 1).shape == (1, 2, 1)
 
 
 def test_a_backend_that_is_not_here_is_a_runtime_error(only_reference, monkeypatch):
@@ -888,13 +685,6 @@ def test_everything_imports_and_runs_without_triton():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("refused:")
-
-
-def test_triton_is_named_only_in_the_kernels():
-    for folder in ("fastdiff", "train"):
-        for file in (ROOT / folder).rglob("*.py"):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            assert not [line for line in lines if line.lstrip().startswith(("import triton", "from triton"))], file
 
 
 def test_use_forces_without_a_block_too(marked_triton):

@@ -1,6 +1,7 @@
 """What one program of a launch would touch, for tensors too large to be allocated."""
 
 import mmap
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def launches(operation) -> list[Launch]:
     return seen
 
 
-def touched(recorded: Launch, program: int, monkeypatch) -> dict[str, np.ndarray]:
+def touched(recorded: Launch, program: int) -> dict[str, np.ndarray]:
     """The byte offsets that a program loads from and stores to, by argument; loads give 0, and nothing is stored."""
     tensors = [name for name, value in recorded.arguments.items() if isinstance(value, Tensor)]
     space = mmap.mmap(-1, APART * (len(tensors) + 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
@@ -51,17 +52,15 @@ def touched(recorded: Launch, program: int, monkeypatch) -> dict[str, np.ndarray
     def program_id(self, axis):
         return TensorHandle(np.array([program], dtype=np.int32), interpreter.tl.int32)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_masked_load", load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", store)
-        patch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+    methods = {"create_masked_load": load, "create_masked_store": store, "create_get_program_id": program_id}
+    with mock.patch.multiple(InterpreterBuilder, **methods):
         launch(recorded.kernel, (1,), num_warps=recorded.num_warps, **recorded.arguments | standins)
     return {name: np.concatenate(offsets) for name, offsets in seen.items()}
 
 
-def assert_last_program_ends_with_its_tensors(recorded: Launch, monkeypatch, *, most: int = 1 << 31) -> None:
+def assert_last_program_ends_with_its_tensors(recorded: Launch, *, most: int = 1 << 31) -> None:
     """The last program touches the last element of each tensor of more than `most` elements, and none beyond any."""
-    offsets = touched(recorded, recorded.grid[0] - 1, monkeypatch)
+    offsets = touched(recorded, recorded.grid[0] - 1)
     large = 0
     for name, where in offsets.items():
         tensor = recorded.arguments[name]

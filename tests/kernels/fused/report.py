@@ -8,6 +8,7 @@ The least: each input read once, each result written once.
 import os
 import sys
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -15,16 +16,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     sys.exit("report.py counts in Triton's interpreter: set TRITON_INTERPRET=1")
 
 import shim
-from helpers import draw
-from traffic import traffic
+from traffic import traffic, traffic_of
 
 import kernels
 
 HALF = torch.bfloat16
 
 
-def image(*shape, dtype=HALF, seed=0):
-    return draw(*shape, dtype=dtype, seed=seed, channels_last=True).requires_grad_()
+def image(*shape, dtype=HALF):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 def row(name, operation, inputs, floor, backward_floor=None, images=None):
@@ -32,24 +32,23 @@ def row(name, operation, inputs, floor, backward_floor=None, images=None):
 
     images: name of an argument -> its bytes; these are shown alone too, over their own floor.
     """
-    with traffic() as forward, torch.set_grad_enabled(backward_floor is not None):
-        out = operation()
-    counts = [(forward, floor)]
-    if backward_floor is not None:
-        with traffic() as backward:
-            torch.autograd.grad(out, inputs, torch.ones_like(out))
-        counts.append((backward, backward_floor))
-    cells = []
-    for seen, least in counts:
-        cells.append(f"{seen.total() / least:.3f}")
+    if backward_floor is None:
+        with traffic() as forward, torch.no_grad():
+            operation()
+        counts = [forward]
+    else:
+        counts = traffic_of(operation, inputs)
+    cells = ["", ""]
+    for index, (seen, least) in enumerate(zip(counts, (floor, backward_floor), strict=False)):
+        cells[index] = f"{seen.total() / least:.3f}"
         if images is not None:
             alone = {key: seen.read[key] + seen.written[key] for key in images}
-            cells[-1] += f" ({sum(alone.values()) / sum(images[key] for key in alone if alone[key]):.3f})"
-    print(f"| {name} | {cells[0]} | {cells[1] if len(cells) > 1 else ''} |", flush=True)
+            cells[index] += f" ({sum(alone.values()) / sum(images[key] for key in alone if alone[key]):.3f})"
+    print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
 
 
 def updates():
-    z, a, b = image(2, 3, 32, 32, dtype=torch.float32), image(2, 3, 32, 32, seed=1), image(2, 3, 32, 32, seed=2)
+    z, a, b = (image(2, 3, 32, 32, dtype=dtype) for dtype in (torch.float32, HALF, HALF))
     coef, n = torch.ones(2), z.numel()
     three = {"coef_z": coef, "coef_a": coef, "coef_b": coef}
     key = {"seed": 1, "sample_ids": torch.arange(2), "step": 0}
@@ -66,7 +65,7 @@ def updates():
 
 
 def losses():
-    p, z, a, b = (image(2, 3, 64, 64, dtype=d, seed=s) for s, d in enumerate((HALF, torch.float32, HALF, HALF)))
+    p, z, a, b = (image(2, 3, 64, 64, dtype=dtype) for dtype in (HALF, torch.float32, HALF, HALF))
     coef, n = torch.ones(2), p.numel()
     three = {"coef_z": coef, "coef_a": coef, "coef_b": coef, "weight": coef}
     stage2 = partial(kernels.affine_regression_loss, p, z, a, b, **three)
@@ -74,25 +73,25 @@ def losses():
     row("loss of stage 2, residual kept", stage2, (p,), 12 * n, 4 * n)
     row("loss of stage 1, residual kept", stage1, (p,), 8 * n, 4 * n)
     row("loss of stage 2, evaluated only", stage2, (), 10 * n)
-    x, y, g = (image(2, 3, 64, 64, dtype=torch.float32, seed=s) for s in range(3))
+    x, y, g = (image(2, 3, 64, 64, dtype=torch.float32) for _ in range(3))
     row("SiD's generator loss", lambda: kernels.sid_generator_loss(x, y, g, 1.2), (x, y, g), 12 * n, 24 * n)
 
 
 def norms():
     for channels, side in ((256, 32), (256, 16), (768, 8), (192, 64), (384, 32), (576, 16)):
         x = image(1, channels, side, side)
-        weight, bias = (draw(channels, seed=s).requires_grad_() for s in (1, 2))
-        scale, shift = (draw(1, channels, seed=s, dtype=HALF).requires_grad_() for s in (3, 4))
+        weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
+        scale, shift = (torch.randn(1, channels, dtype=HALF, requires_grad=True) for _ in range(2))
+        norm = partial(kernels.group_norm, x, 32, weight, bias, scale=scale, shift=shift, silu=True)
         with traffic() as probe, torch.no_grad(), few_programs():
-            kernels.group_norm(x, 32, weight, bias, scale=scale, shift=shift, silu=True)
+            norm()
         path = "one pass" if len(probe.kernels) == 1 else "split"
-        options = {"scale": scale, "shift": shift, "silu": True}
         small = sum(t.numel() * t.element_size() for t in (weight, bias, scale, shift))
         statistics = 2 * 4 * 32
         with few_programs():
             row(
                 f"group norm, scale, shift, SiLU {channels}@{side}, {path} (images alone)",
-                partial(kernels.group_norm, x, 32, weight, bias, **options),
+                norm,
                 (x, weight, bias, scale, shift),
                 4 * x.numel() + small + statistics,
                 6 * x.numel() + 2 * small + statistics,
@@ -100,27 +99,17 @@ def norms():
             )
 
 
-class few_programs:
+def few_programs():
     """Choose paths as for a batch that fills a GPU, though one sample is enough to count."""
-
-    def __enter__(self):
-        from kernels.fused import launch
-
-        self.before, launch.MULTIPROCESSORS = launch.MULTIPROCESSORS, 1
-
-    def __exit__(self, *_):
-        from kernels.fused import launch
-
-        launch.MULTIPROCESSORS = self.before
+    return mock.patch("kernels.fused.launch.MULTIPROCESSORS", 1)
 
 
 def attentions():
     for tokens in (64, 256, 1024):
-        qkv = draw(1, tokens, 3 * 64, dtype=HALF).requires_grad_()
+        qkv = torch.randn(1, tokens, 3 * 64, dtype=HALF, requires_grad=True)
         n = tokens * 64
-        row(
-            f"attention, {tokens} tokens, width 64", lambda q=qkv: kernels.attention(q, 1), (qkv,), 2 * 4 * n, 2 * 7 * n
-        )
+        name, attention = f"attention, {tokens} tokens, width 64", partial(kernels.attention, qkv, 1)
+        row(name, attention, (qkv,), 2 * 4 * n, 2 * 7 * n)
 
 
 def main():

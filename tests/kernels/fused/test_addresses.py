@@ -3,15 +3,12 @@
 import pytest
 import torch
 from addresses import assert_last_program_ends_with_its_tensors, launches
+from operations import meta
 
 import kernels
 
 pytestmark = pytest.mark.interpreter
 SAMPLES, SHAPE = (1 << 20) + 1, (3, 32, 32)
-
-
-def meta(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def image(dtype=torch.float32):
@@ -44,8 +41,8 @@ def losses():
 
 
 @pytest.mark.parametrize(("operation", "count"), [(update, 2), (noise, 2), (losses, 4)])
-def test_the_last_program_ends_with_its_tensors(operation, count, monkeypatch):
+def test_the_last_program_ends_with_its_tensors(operation, count):
     recorded = launches(operation)
     assert len(recorded) == count
     for one in recorded:
-        assert_last_program_ends_with_its_tensors(one, monkeypatch)
+        assert_last_program_ends_with_its_tensors(one)

@@ -1,11 +1,12 @@
-"""What every operation does alike: under `torch.func`, compiled, in autocast, and without gradients."""
+"""What every operation does alike: as an operator, under `torch.func`, compiled, in autocast, without gradients."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import draw, error, on_reference
-from operations import NAMES, SHAPE, operations
+from helpers import with_reference
+from operations import NAMES, SHAPE, draw, error, operations
+from torch.library import opcheck
 
 import kernels
 
@@ -19,10 +20,34 @@ def total(name, device):
     return lambda x: operations(device)[name](x).square().sum()
 
 
+IMAGE, TABLE, IDS = draw(2, 3, 4, 4), draw(7, 2), torch.arange(2)
+OPERATORS = {
+    "affine_update": (IMAGE, IMAGE + 1, None, TABLE, True, True, 0.5, True, IDS, 3, 4, torch.bfloat16),
+    "affine_update_backward": (
+        *(IMAGE, IMAGE, IMAGE, None, TABLE, True, True, None, True),
+        *(torch.float32, torch.bfloat16, None, [True, True, False]),
+    ),
+    "add_noise": (IMAGE, TABLE, IDS, 1, 2),
+    "add_noise_backward": (IMAGE, TABLE, torch.bfloat16),
+    "noise": ([2, 3], IDS, 1, 2, True),
+    "affine_regression_loss": (IMAGE, IMAGE + 1, IMAGE - 1, None, draw(4, 2), True),
+    "affine_regression_loss_backward": (IMAGE, draw(2), draw(4, 2)),
+    "sid_generator_loss": (IMAGE, IMAGE + 1, IMAGE - 1, 1.2),
+    "sid_generator_loss_backward": (draw(2), draw(2).abs(), IMAGE, IMAGE + 1, IMAGE - 1, 1.2, [True, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_keep_their_promises(device, name):
+    """Those of GroupNorm and attention have tests of their own."""
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in OPERATORS[name]]
+    opcheck(getattr(torch.ops.fastdiff, name).default, tuple(arguments))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_functional_gradient_is_the_references(device, x, name):
     gradient = torch.func.grad(total(name, device))
-    assert error(gradient(x), on_reference(gradient, x)) < 1e-5
+    assert error(*with_reference(gradient, x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,9 +71,13 @@ def test_second_derivatives_raise_and_name_the_operation(device, x, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_results_that_nobody_differentiates_need_no_graph(device, x, name):
-    assert not operations(device)[name](x).requires_grad
+    operation, leaf = operations(device)[name], x.clone().requires_grad_()
+    plain, differentiable = operation(x), operation(leaf)
     with torch.no_grad():
-        assert not operations(device)[name](x.clone().requires_grad_()).requires_grad
+        forgotten = operation(leaf)
+    assert [y.requires_grad for y in (plain, forgotten, differentiable)] == [False, False, True]
+    assert torch.equal(plain, forgotten)
+    assert error(plain, differentiable) < 1e-6
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])

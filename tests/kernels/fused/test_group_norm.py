@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from addresses import assert_last_program_ends_with_its_tensors, launches
-from helpers import DTYPES, FEW, HALVES, SEEDS, doubled, draw, error, on_reference
+from helpers import DTYPES, FEW, HALVES, SEEDS, doubled, on_reference, with_reference
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import assert_no_worse, draw, error, meta, worst
 from torch.library import opcheck
-from traffic import traffic
+from traffic import traffic, traffic_of
 
 import kernels
 
@@ -69,11 +70,15 @@ def gradients(y, leaves):
     return torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], direction.to(y.dtype))
 
 
+def results(function, leaves, *options):
+    """(y, *gradients)"""
+    y = function(*leaves, *options)
+    return y, *gradients(y, leaves)
+
+
 def on_float64(leaves, groups, silu=True):
     """(y, *gradients), exact as far as the tests can tell."""
-    exact = doubled(*leaves)
-    y = on_reference(normalized, *exact, groups, silu)
-    return y, *gradients(y, exact)
+    return on_reference(results, normalized, doubled(*leaves), groups, silu)
 
 
 # --- values and gradients ---
@@ -93,15 +98,10 @@ def on_float64(leaves, groups, silu=True):
 )
 def test_group_norm_and_its_gradients(device, batch, groups, size, height, width, modulated, silu, layout, seed):
     leaves = inputs((batch, groups * size, height, width), layout, modulated=modulated, device=device, seed=seed)
-    y = normalized(*leaves, groups, silu)
-    expected, *expected_gradients = on_float64(leaves, groups, silu)
-    assert error(y.cpu(), expected) < 1e-5
-    order = (
-        torch.channels_last if leaves[0].is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    )
-    assert y.is_contiguous(memory_format=order)
-    for ours, theirs in zip(gradients(y, leaves), expected_gradients, strict=True):
-        assert error(ours.cpu(), theirs) < 1e-5
+    y, *ours = results(normalized, leaves, groups, silu)
+    channels_last = leaves[0].is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert worst([y, *ours], on_float64(leaves, groups, silu)) < 1e-5
 
 
 @each_path
@@ -109,12 +109,9 @@ def test_group_norm_and_its_gradients(device, batch, groups, size, height, width
 @pytest.mark.parametrize("silu", [False, True])
 def test_half_precision_is_no_worse_than_pytorch(device, shape, groups, path, dtype, silu):
     leaves = inputs(shape, dtype=dtype, device=device)
-    ours, eager = normalized(*leaves, groups, silu), in_pytorch(*leaves, groups, silu)
-    exact = on_float64(leaves, groups, silu)
-    results = ((ours, *gradients(ours, leaves)), (eager, *gradients(eager, leaves)), exact)
-    for our, their, right in zip(*results, strict=True):
-        assert our.dtype == dtype
-        assert error(our.cpu(), right) <= 1.5 * error(their.cpu(), right)
+    ours, eager = (results(function, leaves, groups, silu) for function in (normalized, in_pytorch))
+    assert {each.dtype for each in ours} == {dtype}
+    assert_no_worse(ours, eager, on_float64(leaves, groups, silu))
 
 
 @each_path
@@ -122,15 +119,15 @@ def test_gradients_have_the_dtypes_of_their_inputs(device, shape, groups, path):
     leaves = inputs(shape, dtype=torch.bfloat16, parameters=torch.float32, device=device)
     scale, shift = (t.detach().requires_grad_() for t in leaves[3].half().chunk(2, dim=1))
     leaves = [*leaves[:3], scale, shift]
-    y = kernels.group_norm(leaves[0], groups, *leaves[1:3], scale=scale, shift=shift, silu=True)
-    exact = doubled(*leaves)
-    expected = on_reference(
-        kernels.group_norm, exact[0], groups, *exact[1:3], scale=exact[3], shift=exact[4], silu=True
-    )
-    for leaf, ours, theirs in zip(leaves, gradients(y, leaves), gradients(expected, exact), strict=True):
-        assert ours.dtype == leaf.dtype
-        rounding = error(theirs.to(leaf.dtype), theirs)  # eager PyTorch takes no mixture of dtypes
-        assert error(ours.cpu(), theirs) <= (1e-5 if leaf.dtype == torch.float32 else 1.5 * rounding)
+
+    def norm(x, weight, bias, scale, shift):
+        return kernels.group_norm(x, groups, weight, bias, scale=scale, shift=shift, silu=True)
+
+    (_, *ours), (_, *exact) = results(norm, leaves), on_reference(results, norm, doubled(*leaves))
+    for leaf, our, right in zip(leaves, ours, exact, strict=True):
+        assert our.dtype == leaf.dtype
+        rounding = error(right.to(leaf.dtype), right)  # eager PyTorch takes no mixture of dtypes
+        assert error(our, right) <= (1e-5 if leaf.dtype == torch.float32 else 1.5 * rounding)
 
 
 @each_path
@@ -138,11 +135,8 @@ def test_a_mean_of_1000_deviations_costs_no_digits(device, shape, groups, path):
     leaves = inputs(shape, device=device)
     with torch.no_grad():
         leaves[0] += 1000
-    y = normalized(*leaves, groups)
-    exact, *exact_gradients = on_float64(leaves, groups)
-    limit = 1e-4  # not 1e-5: an ulp of the mean alone is 6e-5 deviations
-    assert error(y.cpu(), exact) < limit
-    assert error(gradients(y, leaves)[0].cpu(), exact_gradients[0]) < limit
+    ours, exact = results(normalized, leaves, groups), on_float64(leaves, groups)
+    assert worst(ours[:2], exact[:2]) < 1e-4  # of y and dx; not 1e-5: an ulp of the mean alone is 6e-5 deviations
     x = leaves[0].detach().reshape(shape[0], groups, -1)
     naive = (x.square().mean(-1) - x.mean(-1).square()).abs()
     assert error(naive, x.double().var(-1, unbiased=False)) > 1e-2
@@ -152,19 +146,14 @@ def test_a_mean_of_1000_deviations_costs_no_digits(device, shape, groups, path):
 @pytest.mark.parametrize(("shape", "groups"), [((3, 96, 1, 1), 4), ((1, 12, 1, 7), 1), ((2, 70, 3, 3), 7)])
 def test_corners(device, shape, groups, layout):
     leaves = inputs(shape, layout, device=device)
-    y = normalized(*leaves, groups)
-    expected, *expected_gradients = on_float64(leaves, groups)
-    assert error(y.cpu(), expected) < 1e-5
-    for ours, theirs in zip(gradients(y, leaves), expected_gradients, strict=True):
-        assert error(ours.cpu(), theirs) < 1e-5
+    assert worst(results(normalized, leaves, groups), on_float64(leaves, groups)) < 1e-5
 
 
 def test_an_empty_batch_stays_empty(device):
     leaves = inputs((0, 8, 4, 4), device=device)
-    y = normalized(*leaves, 2)
+    y, *found = results(normalized, leaves, 2)
     assert y.shape == (0, 8, 4, 4)
-    for leaf, gradient in zip(leaves, gradients(y, leaves), strict=True):
-        assert torch.equal(gradient, torch.zeros_like(leaf))
+    assert all(torch.equal(gradient, torch.zeros_like(leaf)) for leaf, gradient in zip(leaves, found, strict=True))
 
 
 def test_a_constant_group_gives_the_bias(device):
@@ -177,22 +166,19 @@ def test_scale_and_shift_are_read_by_any_strides(device):
     x, weight, bias, _ = inputs((2, 32, 8, 8), device=device)
     one, columns = draw(1, 32, seed=4, device=device), draw(32, 2, seed=5, device=device)
     modulation = {"scale": one.expand(2, 32), "shift": columns.T}
-    expected = on_reference(kernels.group_norm, x, 4, weight, bias, **modulation)
-    assert error(kernels.group_norm(x, 4, weight, bias, **modulation), expected) < 1e-6
+    assert error(*with_reference(kernels.group_norm, x, 4, weight, bias, **modulation)) < 1e-6
 
 
 def test_float64_runs_the_reference(device):
     leaves = inputs((2, 8, 4, 4), dtype=torch.float64, device=device)
-    assert torch.equal(normalized(*leaves, 2), on_reference(normalized, *leaves, 2))
+    assert torch.equal(*with_reference(normalized, *leaves, 2))
 
 
 @each_path
 def test_every_run_gives_the_same_bits(device, shape, groups, path):
     leaves = inputs(shape, device=device)
-    first, second = (normalized(*leaves, groups) for _ in range(2))
-    assert torch.equal(first, second)
-    for once, again in zip(gradients(first, leaves), gradients(second, leaves), strict=True):
-        assert torch.equal(once, again)
+    first, second = (results(normalized, leaves, groups) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 # --- what runs, and what moves ---
@@ -222,7 +208,7 @@ def test_few_programs_take_the_split_path(device, monkeypatch):
     leaves = inputs((2, 32, 16, 16), device=device)
     (y,), forward = names(lambda: normalized(*leaves, 4))
     assert forward == SPLIT["forward"]
-    assert error(y.cpu(), on_float64(leaves, 4)[0]) < 1e-5
+    assert error(y, on_float64(leaves, 4)[0]) < 1e-5
 
 
 def test_large_float32_tiles_are_split_in_the_backward_pass_alone(device):
@@ -245,14 +231,10 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
     shape, groups, _ = PATHS[name]
     leaves = inputs(shape, dtype=dtype, device=device)
     image = leaves[0].numel() * dtype.itemsize
-    with traffic() as seen:
-        y = normalized(*leaves, groups)
-    assert (seen.read["x"] + seen.written["y"]) / (2 * image) == forward
-    with traffic() as seen_backward:
-        gradients(y, leaves)
-    images = seen_backward.read["x"] + seen_backward.read["dy"] + seen_backward.written["dx"]
-    assert images / (3 * image) == pytest.approx(backward)
-    assert max(seen.read["y"], seen_backward.read["dx"]) == 0
+    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    assert (there.read["x"] + there.written["y"]) / (2 * image) == forward
+    assert (back.read["x"] + back.read["dy"] + back.written["dx"]) / (3 * image) == pytest.approx(backward)
+    assert max(there.read["y"], back.read["dx"]) == 0
 
 
 @pytest.mark.interpreter
@@ -262,12 +244,9 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
 def test_all_else_that_moves_is_little(device, shape, groups, forward, backward):
     leaves = inputs(shape, dtype=torch.bfloat16, device=device)
     image = 2 * leaves[0].numel()
-    with traffic() as seen:
-        y = normalized(*leaves, groups)
-    with traffic() as seen_backward:
-        gradients(y, leaves)
-    assert forward < seen.total() / (2 * image) < forward + 0.03
-    assert backward < seen_backward.total() / (3 * image) < backward + 0.03
+    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    assert forward < there.total() / (2 * image) < forward + 0.03
+    assert backward < back.total() / (3 * image) < backward + 0.03
 
 
 @pytest.mark.interpreter
@@ -278,13 +257,8 @@ def test_tiles_that_reach_beyond_the_image_touch_nothing_there(device, shape, gr
     """`traffic` refuses accesses out of range, before they happen."""
     leaves = inputs(shape, device=device)
     with traffic():
-        y = normalized(*leaves, groups)
-        gradients(y, leaves)
-    assert error(y, on_float64(leaves, groups)[0]) < 1e-5
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+        found = results(normalized, leaves, groups)
+    assert worst(found, on_float64(leaves, groups)) < 1e-5
 
 
 @pytest.mark.interpreter
@@ -292,10 +266,10 @@ def meta(*shape, dtype=torch.bfloat16):
     ("shape", "groups", "count"),
     [((131073, 256, 8, 8), 32, 2), ((174764, 192, 8, 8), 32, 4), ((4194305, 512, 1, 1), 32, 2)],
 )
-def test_offsets_have_64_bits(shape, groups, count, monkeypatch):
+def test_offsets_have_64_bits(shape, groups, count):
     """Of images, and of what is kept for each sample and channel where that is large too."""
-    x = meta(*shape).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight, scale = meta(shape[1]), meta(*shape[:2])
+    x, weight, scale = (meta(*size, dtype=torch.bfloat16) for size in (shape, shape[1:2], shape[:2]))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def forward_and_backward():
         y = kernels.group_norm(x, groups, weight, weight, scale=scale, shift=scale, silu=True)
@@ -304,7 +278,7 @@ def test_offsets_have_64_bits(shape, groups, count, monkeypatch):
     large = [one for one in launches(forward_and_backward) if {"x", "dx"} & one.arguments.keys()]
     assert len(large) == count
     for one in large:
-        assert_last_program_ends_with_its_tensors(one, monkeypatch)
+        assert_last_program_ends_with_its_tensors(one)
 
 
 # --- registration ---
@@ -328,10 +302,8 @@ def test_compiles_without_graph_breaks(device, dynamic):
     compiled = torch.compile(normalized, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape, groups, _ in PATHS.values():
         leaves = inputs(shape, device=device)
-        ours, plain = (f(*leaves, groups) for f in (compiled, normalized))
-        assert torch.equal(ours, plain)
-        for first, second in zip(gradients(ours, leaves), gradients(plain, leaves), strict=True):
-            assert torch.equal(first, second)
+        ours, plain = (results(function, leaves, groups) for function in (compiled, normalized))
+        assert all(map(torch.equal, ours, plain))
 
 
 @each_path

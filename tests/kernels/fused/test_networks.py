@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import draw, error, on_reference
+from helpers import on_reference, with_reference
+from operations import draw, error
 
 from fastdiff import samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
@@ -46,34 +47,38 @@ def teacher(device: str) -> Denoiser:
     return denoiser.eval()
 
 
+def inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z, φ and the labels."""
+    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
+    return z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device)
+
+
 def batch(device: str) -> Batch:
-    x = draw(BATCH, 3, 8, 8, device=device, channels_last=True).clamp(-1, 1)
-    return Batch(x, torch.arange(BATCH, device=device), torch.arange(BATCH, device=device) + 2**33, seed=7)
+    x, _, label = inputs(device)
+    return Batch(x.clamp(-1, 1), label, label + 2**33, seed=7)
 
 
 def test_the_forward_and_backward_pass(device):
     denoiser = teacher(device)
-    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True).requires_grad_()
-    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
+    z, angle, label = inputs(device)
+    wanted = (z.requires_grad_(), *denoiser.parameters())
 
     def results():
-        out = denoiser(*arguments)
-        return out, *torch.autograd.grad(out, (z, *denoiser.parameters()), draw(*out.shape, seed=9, device=device))
+        out = denoiser(z, angle, label)
+        return out, *torch.autograd.grad(out, wanted, draw(*out.shape, seed=9, device=device))
 
-    ours, theirs = results(), on_reference(results)
+    ours, theirs = with_reference(results)
     assert error(ours[0], theirs[0]) < 1e-5
     for one, other in zip(ours, theirs, strict=True):
         assert error(one, other) < 1e-4 or (one - other).abs().max() < 1e-5 * theirs[0].abs().max()
 
 
 def test_half_precision_is_as_good_as_the_references(device):
-    denoiser = teacher(device)
-    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
-    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
+    denoiser, arguments = teacher(device), inputs(device)
     with torch.no_grad():
         exact = on_reference(denoiser, *arguments)
         with torch.autocast(device, torch.bfloat16):
-            ours, theirs = denoiser(*arguments), on_reference(denoiser, *arguments)
+            ours, theirs = with_reference(denoiser, *arguments)
     assert error(ours, exact) < 1.5 * error(theirs, exact)
 
 
@@ -87,8 +92,7 @@ def recorded(function):
 
 def test_a_guided_ddim_step(device):
     model = Guided(teacher(device))
-    noise = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
-    label = torch.arange(BATCH, device=device)
+    noise, _, label = inputs(device)
 
     @torch.no_grad()
     def sample():
@@ -134,13 +138,8 @@ def test_an_update_of_each_recipe(device, recipe):
 
 
 def test_the_network_compiles_without_graph_breaks(device):
-    denoiser = teacher(device)
-    z = draw(BATCH, 3, 8, 8, device=device, channels_last=True)
-    arguments = (z, torch.linspace(0.1, 1.5, BATCH, device=device), torch.arange(BATCH, device=device))
-    compiled = torch.compile(denoiser.network, fullgraph=True, backend="aot_eager")
-    ours, plain = compiled(*arguments), denoiser.network(*arguments)
+    network, arguments = teacher(device).network, inputs(device)
+    ours, plain = (f(*arguments) for f in (torch.compile(network, fullgraph=True, backend="aot_eager"), network))
     assert error(ours, plain) < 1e-6
-    (first,), (second,) = (
-        torch.autograd.grad(out.square().sum(), denoiser.network.conv_in.weight) for out in (ours, plain)
-    )
+    (first,), (second,) = (torch.autograd.grad(out.square().sum(), network.conv_in.weight) for out in (ours, plain))
     assert error(first, second) < 1e-5

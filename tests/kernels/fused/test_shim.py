@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import draw, error
+from operations import draw, error
 from traffic import OutOfRange, traffic
 
 from kernels.fused.launch import launch

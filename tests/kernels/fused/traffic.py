@@ -1,11 +1,13 @@
 """Counts what a kernel reads and writes, from inside Triton's interpreter, and refuses accesses out of range."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -33,7 +35,8 @@ class Traffic:
         tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
         self.ranges = {name: _range(tensor) for name, tensor in tensors.items() if tensor.numel()}
 
-    def count(self, counter: Counter, what: str, addresses: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+    def count(self, what: str, addresses: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        counter = {"reads": self.read, "writes": self.written}[what]
         addresses, mask = np.broadcast_arrays(addresses, mask)
         left = addresses[mask.astype(bool)].astype(np.int64)
         for name, (start, end) in self.ranges.items():
@@ -50,42 +53,40 @@ def _range(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
+ACCESSES = {  # the interpreter's methods: where the pointers and the mask are among their arguments, and what they do
+    "create_masked_load": (0, 1, ["reads"]),
+    "create_masked_store": (0, 2, ["writes"]),
+    "create_atomic_rmw": (1, 3, ["reads", "writes"]),
+    "create_atomic_cas": (0, None, ["reads", "writes"]),
+}
+
+
+def _watched(name: str, seen: Traffic) -> Callable:
+    method, (pointer, mask, does) = getattr(InterpreterBuilder, name), ACCESSES[name]
+
+    def access(self, *arguments):
+        pointers = arguments[pointer]
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        for what in does:
+            seen.count(what, pointers.data, np.True_ if mask is None else arguments[mask].data, itemsize)
+        return method(self, *arguments)
+
+    return access
+
+
 @contextmanager
 def traffic() -> Iterator[Traffic]:
     """Within the block every load, store and atomic of launched kernels is counted, and checked before it happens."""
     seen = Traffic()
-    originals = {
-        name: getattr(InterpreterBuilder, name)
-        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
-    }
+    watched = {name: _watched(name, seen) for name in ACCESSES}
+    with mock.patch.multiple(InterpreterBuilder, **watched), listen(seen.started):
+        yield seen
 
-    def itemsize(pointer) -> int:
-        return pointer.get_element_ty().primitive_bitwidth // 8
 
-    def load(self, ptrs, mask, *rest):
-        seen.count(seen.read, "reads", ptrs.data, mask.data, itemsize(ptrs))
-        return originals["create_masked_load"](self, ptrs, mask, *rest)
-
-    def store(self, ptrs, value, mask, *rest):
-        seen.count(seen.written, "writes", ptrs.data, mask.data, itemsize(ptrs))
-        return originals["create_masked_store"](self, ptrs, value, mask, *rest)
-
-    def atomic_rmw(self, operation, ptr, val, mask, *rest):
-        for counter in (seen.read, seen.written):
-            seen.count(counter, "updates", ptr.data, mask.data, itemsize(ptr))
-        return originals["create_atomic_rmw"](self, operation, ptr, val, mask, *rest)
-
-    def atomic_cas(self, ptr, *rest):
-        for counter in (seen.read, seen.written):
-            seen.count(counter, "updates", ptr.data, np.ones_like(ptr.data, dtype=bool), itemsize(ptr))
-        return originals["create_atomic_cas"](self, ptr, *rest)
-
-    wrappers = dict(zip(originals, (load, store, atomic_rmw, atomic_cas), strict=True))
-    try:
-        for name, wrapper in wrappers.items():
-            setattr(InterpreterBuilder, name, wrapper)
-        with listen(seen.started):
-            yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(InterpreterBuilder, name, original)
+def traffic_of(operation: Callable[[], Tensor], inputs: Sequence[Tensor] | Tensor) -> tuple[Traffic, Traffic]:
+    """That of an operation, and of its gradients with respect to `inputs`."""
+    with traffic() as forward:
+        out = operation()
+    with traffic() as backward:
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    return forward, backward
