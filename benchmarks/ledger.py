@@ -210,7 +210,7 @@ def _launches_of_lists(args: tuple) -> int:
 
 
 class LikeCUDA(TorchFunctionMode):
-    """What PyTorch does on CUDA alone: autocast to bf16, each weight once, and dropout in one kernel."""
+    """What PyTorch does on CUDA alone: autocast to bf16, each weight once."""
 
     def __init__(self):
         super().__init__()
@@ -228,13 +228,7 @@ class LikeCUDA(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (F.conv2d, F.linear):
             return function(*map(self._cast, args[:3]), *args[3:], **(kwargs or {}))
-        if function is F.dropout:
-            return _dropout(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
-
-
-def _dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 @contextmanager
@@ -284,7 +278,7 @@ def update(preset: str, recipe: str, batch: int) -> dict[str, Ledger]:
     with kernels.use("triton"), _optimizers_like_cuda():
         options = LoopOptions(out=Path("unused"), batch_size=batch, ema=0.999, dropout=None if model is made else 0.0)
         updater = new_updater(options, model, loss)
-        updater.optimizer.param_groups[0]["fused"] = True
+        updater.optimizer.param_groups[0].update(fused=True, lr=options.lr)  # meta's has no learning rate on the device
         images = torch.empty(batch, *made.image_shape, dtype=torch.uint8)
         ids = torch.arange(batch)
         drawn = to_device(data.Batch(images, ids, ids), made.num_classes, 1, META)

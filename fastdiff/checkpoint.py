@@ -31,6 +31,7 @@ FORMAT = 1
 PREFIX = "checkpoint-"
 ROUND_PREFIX = "steps-"
 MANIFEST = "manifest.json"
+FILES = ("model.safetensors", "model.json", "state.safetensors", "state.json", MANIFEST)
 EXCHANGE_SECONDS = 0.2  # far more than the two renames of a replaced checkpoint take
 
 T = TypeVar("T")

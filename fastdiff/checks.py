@@ -39,6 +39,8 @@ def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> Non
         raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {w}")
     if w and not model.num_classes:
         raise UserError(f"--guidance {w:g}: {name} is unconditional, so there is nothing to guide; use 0")
+    if w and (trained is None or model.config.kind == "two_student"):
+        can_guide(model.config, name, "use --guidance 0")
     if trained is not None and not trained[0] <= w <= trained[1]:
         files.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
 
@@ -56,6 +58,15 @@ def label(wanted: str | int, model: nn.Module, option: str, source: str | Path) 
     has = f"{count} classes, 0 to {count - 1}" if count else "no classes"
     has += f", called {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
     raise UserError(f"{option} {wanted}: {source} has {has}")
+
+
+def can_guide(config: DenoiserConfig, name: str | Path, instead: str) -> None:
+    """Raises UserError for a class-conditional model without an unconditional one, which would have to guide it."""
+    if config.unet.num_classes and not config.can_guide:
+        raise UserError(
+            f"{name} never saw a null class, so there is no unconditional model to guide it with: import it together "
+            f"with one (fastdiff import … --unconditional SOURCE), or {instead}"
+        )
 
 
 def positive(options: object, *names: str) -> None:

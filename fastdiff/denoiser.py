@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,24 @@ MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
 NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
 """By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded.
 
-network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), the
-angle over π/2, for EDM's F log(tan φ)/4; label (B,) int64, num_classes for the null class, None for models without
+network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), what
+the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
 classes; guidance (B,), None for w = 0 and where the config has no guidance_input. Of the config, image_size,
 image_channels, num_classes and guidance_input say what it has to fit. With the guidance input a network has the weights
 of the one without, and more, which at first should change nothing.
 """
+TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that an imported model was made from."""
+
+    format: str
+    file: str
+    """Its name."""
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,20 @@ class DenoiserConfig:
     """Which of NETWORKS is built from `unet`."""
     data: str = ""
     """The fingerprint of the images that its teacher was trained on, by which models of one domain know each other."""
+    time: str | None = None
+    """What the network hears of the time: "angle", φ over π/2; "log-sigma", log(tan φ)/4, [EDM]'s c_noise; "step", the
+    schedule's step with fractions between two; "nearest-step", a whole number. None: log-sigma for EDM's F, else angle.
+    Sinusoids of the step are smooth, so such networks hear fractions; a network that looks its step up in a table
+    cannot."""
+    unconditional: UNetConfig | None = None
+    """Of a teacher that is two networks: the one that guides the one with classes, which knows no null class."""
+    sources: tuple[Source, ...] = ()
+    """Of an imported teacher and its students: what the teacher was made from."""
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is an unconditional model beside the class-conditional one, for `Guided`."""
+        return bool(self.unet.num_classes) and (self.unet.null_class or self.unconditional is not None)
 
     def to_dict(self) -> dict:
         return asdict(self) | {"schedule": self.schedule.to_dict()}
@@ -61,6 +86,9 @@ class DenoiserConfig:
         values["unet"] = config_from_dict(values["unet"])
         values["schedule"] = schedule.from_dict(values["schedule"])
         values["class_names"] = tuple(values.get("class_names", ()))
+        values["sources"] = tuple(Source(**source) for source in values.get("sources", ()))
+        if values.get("unconditional") is not None:
+            values["unconditional"] = config_from_dict(values["unconditional"])
         if values.get("guidance_range") is not None:
             values["guidance_range"] = tuple(values["guidance_range"])
         try:
@@ -69,6 +97,10 @@ class DenoiserConfig:
             raise ValueError(str(error)) from None
         if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
             raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
+        if config.time not in (None, *TIMES):
+            raise ValueError(f"unknown time {config.time!r}; known: {', '.join(TIMES)}")
+        if config.time in ("step", "nearest-step") and not isinstance(config.schedule, schedule.StepSchedule):
+            raise ValueError(f"time {config.time!r} needs a schedule of steps, not {config.schedule}")
         if config.network not in NETWORKS:
             raise ValueError(
                 f"its network {config.network!r} is not in fastdiff.denoiser.NETWORKS: enter what builds it"
@@ -91,7 +123,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig, network: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.network = NETWORKS[config.network](config.unet) if network is None else network
+        self.network = _network(config) if network is None else network
         self.network_rows = 0
 
     @property
@@ -115,10 +147,31 @@ class Denoiser(nn.Module):
         self.network_rows += len(z)
         if self.config.parameterization == "edm":
             z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
-            time = torch.log(torch.tan(angle.double())) / 4
-        else:
-            time = angle / (torch.pi / 2)
-        return self.network(z, time.float(), label, guidance)
+        return self.network(z, self.time(angle).float(), label, guidance)
+
+    def time(self, angle: Tensor) -> Tensor:
+        """What the network hears at an angle, (B,)."""
+        match self.config.time or ("log-sigma" if self.config.parameterization == "edm" else "angle"):
+            case "log-sigma":
+                return torch.log(torch.tan(angle.double())) / 4
+            case "step":
+                return self.schedule.step(angle)
+            case "nearest-step":
+                return self.schedule.step(angle).round()
+        return angle / (torch.pi / 2)
+
+    def both_outputs(self, z: Tensor, angle: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """F of the classes and F without: one call on 2B rows, or one of each network where there are two."""
+        if self.config.unconditional is not None:
+            return self.network_output(z, angle, label, None), self.network_output(z, angle, None, None)
+        both = torch.cat([label, torch.full_like(label, self.num_classes)])
+        return self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None).chunk(2)
+
+    def conditional(self) -> Denoiser:
+        """Where there are two networks, the one with classes alone, sharing its weights; else this denoiser."""
+        if self.config.unconditional is None:
+            return self
+        return Denoiser(replace(self.config, unconditional=None), self.network.conditional).train(self.training)
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Affine:
         """The velocity as an affine function of z and the raw network output, for the fused operations."""
@@ -129,11 +182,30 @@ class Denoiser(nn.Module):
         return self.affine(z, angle, label, guidance).apply(z)
 
 
+class Pair(nn.Module):
+    """A conditional network without a null class and an unconditional one: the second is called by label None."""
+
+    def __init__(self, conditional: nn.Module, unconditional: nn.Module):
+        super().__init__()
+        self.conditional, self.unconditional = conditional, unconditional
+
+    def forward(self, z: Tensor, time: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
+        return (self.unconditional if label is None else self.conditional)(z, time, label, guidance)
+
+
+def _network(config: DenoiserConfig) -> nn.Module:
+    build = NETWORKS[config.network]
+    if config.unconditional is None:
+        return build(config.unet)
+    return Pair(build(config.unet), build(config.unconditional))
+
+
 class Guided(nn.Module):
     """Classifier-free guidance: v_w = (1+w)·v_cond − w·v_uncond ([GD] eq. 3), in one call on 2B rows.
 
     Same signature as `Denoiser`; label is needed. guidance None (or all zeros on the CPU, where looking costs nothing)
-    makes one call on B rows. Raises ValueError for an unconditional denoiser.
+    makes one call on B rows. Raises ValueError for an unconditional denoiser, and for guidance by one that knows no
+    null class.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -165,9 +237,9 @@ class Guided(nn.Module):
     def affine(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Affine:
         if guidance is None or (guidance.device.type == "cpu" and not guidance.any()):
             return self.denoiser.affine(z, angle, label)
-        both = torch.cat([label, torch.full_like(label, self.num_classes)])
-        output = self.denoiser.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None)
-        conditional, unconditional = output.chunk(2)
+        if not self.config.can_guide:
+            raise ValueError("guidance needs an unconditional model, and this one has no null class")
+        conditional, unconditional = self.denoiser.both_outputs(z, angle, label)
         coef_z, coef_f = self.denoiser.velocity_coefficients(angle)
         w = guidance.double()  # 1 + w loses digits in float32, and the coefficient may be large
         return Affine(conditional, coef_z, coef_f * (1 + w), unconditional, -coef_f * w)

@@ -27,16 +27,18 @@ class UNetConfig:
     """Height and width, each divisible by patch_size·2^(levels − 1)."""
     image_channels: int = 3
     num_classes: int = 0
-    """0: unconditional. Otherwise label num_classes is the null class."""
+    """0: unconditional. Otherwise label num_classes is the null class, where there is one."""
     channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 2, 2)
-    """Width of each level, in units of channels."""
+    channel_mult: tuple[int | float, ...] = (1, 2, 2)
+    """Width of each level, in units of channels; fractions such as 0.5 that give whole widths, too."""
     blocks: int = 2
     """Residual blocks a level (one more on the way up)."""
     attention_resolutions: tuple[int, ...] = ()
     """Heights of the feature maps at which self-attention follows a residual block."""
     head_width: int | None = 64
     """Channels of one attention head; None: a single head."""
+    heads: int | None = None
+    """The same number of attention heads at all levels, whatever head_width; None: as that says."""
     patch_size: int = 1
     """The U-Net works on patches of this side as channels: p times smaller images, about p² times cheaper."""
     dropout: float = 0.0
@@ -68,6 +70,12 @@ class UNetConfig:
     """Whether the slowest sinusoid is exactly 1e-4 radians per unit (DDPM, DDPM++) or one step short of it (ADM)."""
     label_before_mlp: bool = False
     """Class embedding added before the time embedding's two layers (DDPM++) or after them."""
+    null_class: bool = True
+    """Whether a network with classes knows the null class; most that were trained elsewhere never saw one."""
+
+    def width(self, level: int) -> int:
+        """Channels of a level, 0 being the finest."""
+        return round(self.channels * self.channel_mult[level])
 
     def height(self, level: int) -> int:
         """Height of the feature maps at a level, 0 being the finest."""
@@ -127,7 +135,7 @@ class UNet(nn.Module):
 
     label None means the null class; guidance None means w = 0. Set `gradient_checkpointing` to trade a second
     forward pass of each residual block for its activations. Raises ValueError where image_size does not halve
-    evenly, or where the head width does not divide the channels.
+    evenly, or where the head width does not divide the channels; and for label None where there is no null class.
     """
 
     def __init__(self, config: UNetConfig):
@@ -139,7 +147,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(width, embed_width), nn.SiLU(), nn.Linear(embed_width, embed_width))
         if config.num_classes:
             label_width = width if config.label_before_mlp else embed_width
-            self.label_embedding = nn.Embedding(config.num_classes + 1, label_width)
+            self.label_embedding = nn.Embedding(config.num_classes + config.null_class, label_width)
         if config.guidance_input:
             self.guidance_mlp = nn.Sequential(
                 nn.Linear(2 * GUIDANCE_FREQUENCIES, embed_width),
@@ -147,7 +155,7 @@ class UNet(nn.Module):
                 _zeroed(nn.Linear(embed_width, embed_width)),
             )
 
-        levels = [width * mult for mult in config.channel_mult]
+        levels = [config.width(level) for level in range(len(config.channel_mult))]
         heights = [config.height(level) for level in range(len(levels))]
         in_channels = config.image_channels * config.patch_size**2
         channels = levels[0] if config.input_mult is None else width * config.input_mult
@@ -200,6 +208,8 @@ class UNet(nn.Module):
         label_embedding = 0.0
         if config.num_classes:
             if label is None:
+                if not config.null_class:
+                    raise ValueError("this network has no null class, so it needs a label")
                 label = torch.full_like(time, config.num_classes, dtype=torch.int64)
             label_embedding = self.label_embedding(label)
         if config.label_before_mlp:
@@ -288,7 +298,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.heads = channels // (config.head_width or channels)
+        self.heads = config.heads or channels // (config.head_width or channels)
         self.order, self.residual_scale = config.qkv_order, config.residual_scale
         self.norm = GroupNorm(config, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -362,6 +372,9 @@ def _check(config: UNetConfig) -> None:
             f"an image of {config.image_size[0]}×{config.image_size[1]} pixels does not divide by {factor}, "
             f"as {levels} levels on patches of {config.patch_size} need; use fewer levels or pad them"
         )
+    products = [config.channels * mult for mult in config.channel_mult]
+    if any(abs(product - round(product)) > 1e-6 for product in products):
+        raise ValueError(f"channels · channel_mult must be whole numbers, and are {products}")
     if config.channels % 2 or min(config.channels, config.blocks, config.image_channels) <= 0:
         raise ValueError("channels must be even, and channels, blocks and image_channels positive")
     if min(config.groups, config.min_group_width, 1 if config.head_width is None else config.head_width) <= 0:
@@ -371,6 +384,8 @@ def _check(config: UNetConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose {', '.join(get_args(hint))}")
     attending = {level for level in range(levels) if config.height(level) in config.attention_resolutions}
     attending |= {levels - 1} if config.middle_attention else set()
-    widths = sorted({config.channels * config.channel_mult[level] for level in attending})
-    if config.head_width and any(width % config.head_width for width in widths):
+    widths = sorted({config.width(level) for level in attending})
+    if config.heads is not None and (config.heads <= 0 or any(width % config.heads for width in widths)):
+        raise ValueError(f"{config.heads} heads do not divide the attention's channels {widths}")
+    if config.heads is None and config.head_width and any(width % config.head_width for width in widths):
         raise ValueError(f"head width {config.head_width} does not divide the attention's channels {widths}")

@@ -268,6 +268,7 @@ def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptio
         denoiser = Denoiser(config)
         z = torch.empty(batch_size, *denoiser.image_shape)
         angle = torch.empty(batch_size)
+        label = torch.empty(batch_size, dtype=torch.int64) if denoiser.num_classes else None
     denoiser.network.gradient_checkpointing = options.gradient_checkpointing
     owned = {id(p) for p in denoiser.parameters()}
     sizes: dict[int, int] = {}
@@ -280,5 +281,5 @@ def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptio
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        denoiser(z, angle).sum()
+        denoiser(z, angle, label).sum()
     return sum(sizes.values())

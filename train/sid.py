@@ -214,12 +214,12 @@ def generator_config(options: Options, teacher: Denoiser) -> DenoiserConfig:
     plain = (0.0, 0.0) if teacher.num_classes else None  # w = 0 alone, and no guidance by two calls
     limits = options.guidance_range or teacher.config.guidance_range or plain
     one_step = {"sampler": "one_step", "steps": 1, "sigma_init": options.sigma_init}
-    return replace(teacher.config, kind="sid", guidance_range=limits, **one_step)
+    return replace(teacher.config, unconditional=None, kind="sid", guidance_range=limits, **one_step)
 
 
 def learning(teacher: Denoiser, options: Options) -> tuple[list[Updater], Batches]:
     """What learns, on what: the fake score, and the generator against it ([SiD] alg. 1). Both start as the teacher."""
-    config = generator_config(options, teacher)
+    config, teacher = generator_config(options, teacher), teacher.conditional()
     fake, generator = copy.deepcopy(teacher), copy.deepcopy(teacher)
     begin.freeze(teacher, options).network.gradient_checkpointing = options.gradient_checkpointing
     generator.config = config

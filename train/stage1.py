@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastdiff import cli, data
+from fastdiff import checks, cli, data
 from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
@@ -88,20 +88,30 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoise
 def student_config(teacher: Denoiser, guidance_range: tuple[float, float]) -> DenoiserConfig:
     low, high = guidance_range
     unet = replace(teacher.config.unet, guidance_input=low < high)
-    return replace(teacher.config, unet=unet, kind="stage1", guidance_range=(low, high))
+    return replace(teacher.config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
 
 
 def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
     """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1)."""
-    student = Denoiser(student_config(teacher, guidance_range))
+    student, teacher = Denoiser(student_config(teacher, guidance_range)), teacher.conditional()
     _, unexpected = student.network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected:
         raise ValueError(f"a network with guidance input has no place for the teacher's {', '.join(unexpected)}")
     return student.to(next(teacher.parameters()).device)
 
 
+def check_teacher(options: Options, teacher: Denoiser) -> None:
+    """Raises UserError for a teacher that cannot guide, where there is guidance to learn."""
+    if options.guidance_range[1] > 0:
+        checks.can_guide(teacher.config, options.teacher, "distil it as it is with --guidance-range 0 0")
+
+
 RECIPE = begin.Recipe(
-    "stage1", PRESETS, lambda options, teacher, _: student_config(teacher, options.guidance_range), learn
+    "stage1",
+    PRESETS,
+    lambda options, teacher, _: student_config(teacher, options.guidance_range),
+    learn,
+    check=check_teacher,
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff import cli
+from fastdiff import checks, cli
 from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
@@ -52,6 +52,12 @@ def check(options: Options, teacher: Denoiser) -> None:
     if trained not in (None, (w, w)):
         raise UserError(
             f"{options.teacher} was trained for w = {trained[0]:g}: use --guidance {trained[0]:g}, got {w:g}"
+        )
+    checks.can_guide(teacher.config, options.teacher, "distil it by train.stage1 --guidance-range 0 0")
+    if teacher.config.unconditional is not None:
+        raise UserError(
+            f"{options.teacher} is two networks, and train.two_student takes one that knows both a class and none: "
+            "distil it by train.stage1"
         )
 
 
