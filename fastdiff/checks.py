@@ -60,6 +60,12 @@ def label(wanted: str | int, model: nn.Module, option: str, source: str | Path) 
     raise UserError(f"{option} {wanted}: {source} has {has}")
 
 
+def named(number: int, model: nn.Module) -> str:
+    """A class as the commands print it."""
+    names = model.config.class_names
+    return f"{number} ({names[number]})" if names else str(number)
+
+
 def can_guide(config: DenoiserConfig, name: str | Path, instead: str) -> None:
     """Raises UserError for a class-conditional model without an unconditional one, which would have to guide it."""
     if config.unet.num_classes and not config.can_guide:

@@ -43,7 +43,8 @@ class Options(LoopOptions):
     guidance_range: tuple[float, float] | None = None
     """Guidance strengths w to learn, of a stage-1 teacher; default: all of its own."""
     class_frequencies: tuple[float, ...] = ()
-    """How often each class is drawn, in any unit; default: all equally often."""
+    """How often each class is drawn, in any unit, in the order of the teacher's class_names; default: all equally
+    often."""
     alpha: float = 1.2
     """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1. Above 1, a
     generator that is far too wide is driven further away."""
