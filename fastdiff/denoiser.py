@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,6 +138,15 @@ class Denoiser(nn.Module):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.unet.image_channels, *self.config.unet.image_size
+
+    def weights_sha256(self) -> str:
+        """Of names, dtypes, shapes and values of the weights, on whatever device they are."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            plain = tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """(A, B), float64 (B,), with v = A·z + B·F for the network's output F."""

@@ -1,6 +1,6 @@
 """A run's folder: what it holds, under which names, and how that is read, written and removed.
 
-config.json     every option, the plan, the command that continues it, versions, device
+config.json     every option, the plan, the command that continues it, hashes of teacher and data, versions, device
 metrics.jsonl   a line of JSON every --log-every updates
 scores.jsonl    a line for each time that the model was scored
 samples-*.png   pictures of the model, made whenever it is saved
@@ -114,6 +114,12 @@ class Run:
         ]
         if before.get("data_fingerprint") != now["data_fingerprint"]:
             changed.append("the data set is another one")
+        known = before.get("teacher_sha256")  # runs of before it was kept go on
+        if known is not None and known != now["teacher_sha256"]:
+            changed.append(
+                f"the teacher {now['options']['teacher']} has other weights than when the run began "
+                "(name the checkpoint that it had then, or start again with --overwrite)"
+            )
         if changed:
             raise UserError(f"cannot resume {self.folder} with other options: {'; '.join(changed)}")
 

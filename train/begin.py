@@ -93,8 +93,7 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
-    description = describe(recipe, options, dataset)
-    distributed.first(lambda: begin_run(options, description))
+    distributed.first(lambda: begin_run(options, describe(recipe, options, dataset, teacher)))
     options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
     torch.manual_seed(options.seed)
     return recipe.learn(options, teacher, dataset)
@@ -174,8 +173,10 @@ def begin_run(options: LoopOptions, description: dict) -> None:
     Run(out).begin(description, resume=options.resume, overwrite=options.overwrite, lasting=options.lasting)
 
 
-def describe(recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None) -> dict:
-    """What config.json says: every option, the plan, the data, versions, git revision, device."""
+def describe(
+    recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None, teacher: Denoiser | None = None
+) -> dict:
+    """What config.json says: every option, the plan, the teacher, the data, versions, git revision, device."""
     on_gpu = options.device.startswith("cuda")
     return {
         "recipe": options.recipe(),
@@ -184,6 +185,7 @@ def describe(recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None)
         "plan": recipe.plan(options),
         "command": options.command(recipe.presets),
         "options": options.plain(),
+        "teacher_sha256": None if teacher is None else teacher.weights_sha256(),
         "data_fingerprint": None if dataset is None else dataset.fingerprint,
         "versions": {
             "fastdiff": fastdiff.__version__,
