@@ -93,10 +93,12 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
-    distributed.first(lambda: begin_run(options, describe(recipe, options, dataset, teacher)))
-    options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
-    torch.manual_seed(options.seed)
-    return recipe.learn(options, teacher, dataset)
+    _check_out(options)
+    with Run(options.out).held():
+        distributed.first(lambda: begin_run(options, describe(recipe, options, dataset, teacher)))
+        options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
+        torch.manual_seed(options.seed)
+        return recipe.learn(options, teacher, dataset)
 
 
 def _teacher(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
@@ -165,12 +167,15 @@ def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
 # --- The run's folder ---
 
 
-def begin_run(options: LoopOptions, description: dict) -> None:
-    """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
+def _check_out(options: LoopOptions) -> None:
     out, teacher = options.out, getattr(options, "teacher", None)
     if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"--out {out} holds the teacher {teacher}: choose another --out")
-    Run(out).begin(description, resume=options.resume, overwrite=options.overwrite, lasting=options.lasting)
+
+
+def begin_run(options: LoopOptions, description: dict) -> None:
+    """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
+    Run(options.out).begin(description, resume=options.resume, overwrite=options.overwrite, lasting=options.lasting)
 
 
 def describe(
