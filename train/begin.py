@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted
+from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
@@ -150,8 +150,7 @@ def _check_fit(
 def check_buildable(config: DenoiserConfig) -> None:
     """Raises UserError for an architecture that does not fit the images."""
     try:
-        with torch.device("meta"):
-            Denoiser(config)
+        blank(config)
     except ValueError as error:
         raise UserError(f"--unet: {error}") from None
 
@@ -239,8 +238,7 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
     """What `--dry-run` prints: model size, what will be run, memory estimate."""
     if not distributed.is_first():
         return
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
+    denoiser = blank(config)
     world = distributed.world_size()
     size = sum(p.numel() for p in denoiser.parameters())
     weights = size / (world if options.shard else 1)
@@ -270,13 +268,23 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
 
 
 def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptions) -> int:
-    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored)."""
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
-        z = torch.empty(batch_size, *denoiser.image_shape)
-        angle = torch.empty(batch_size)
-        label = torch.empty(batch_size, dtype=torch.int64) if denoiser.num_classes else None
+    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored).
+
+    Networks of one's own make real passes of one image and of two, on the CPU, from which those of more follow.
+    """
+    denoiser = blank(config)
     denoiser.network.gradient_checkpointing = options.gradient_checkpointing
+    if next(denoiser.parameters()).is_meta:
+        return _saved_bytes(denoiser, batch_size)
+    one, two = (_saved_bytes(denoiser, images) for images in (1, 2))
+    return one + (batch_size - 1) * (two - one)
+
+
+def _saved_bytes(denoiser: Denoiser, batch_size: int) -> int:
+    with next(denoiser.parameters()).device:
+        z = torch.zeros(batch_size, *denoiser.image_shape)
+        angle = torch.ones(batch_size)
+        label = torch.zeros(batch_size, dtype=torch.int64) if denoiser.num_classes else None
     owned = {id(p) for p in denoiser.parameters()}
     sizes: dict[int, int] = {}
     kept = []  # held so that ids stay unique
