@@ -114,7 +114,8 @@ class Updater:
         self.update_count += 1
 
     def begin(self) -> None:
-        """Write down for the device which update is to be made."""
+        """Write down for the device which update is to be made; all processes start it with the first one's buffers."""
+        distributed.share(self.denoiser.buffers())
         self.lr.fill_(self.learning_rate())
         self.number.fill_(self.update_count + 1)
         for weight in self.ema_weights.values():
@@ -141,7 +142,10 @@ class Updater:
         return [] if options.shard else [parameter.grad for parameter in self.parameters]
 
     def step(self) -> None:
-        """Update weights and average with the gradients that are there, and forget these."""
+        """Update weights and average with the gradients that are there, and forget these.
+
+        Buffers, as those of batch normalization, have no average: the present ones go with it.
+        """
         options = self.options
         gradients = [p.grad for p in self.parameters if p.grad is not None]  # a network may not use all that it has
         if self.tolerance:
@@ -161,6 +165,8 @@ class Updater:
             )
             with torch.no_grad():
                 torch._foreach_lerp_(average, weights, [self.ema_weights[p.dtype] for p in average])
+                for kept, current in zip(self.averaged.buffers(), self.denoiser.buffers(), strict=True):
+                    kept.copy_(current)
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()

@@ -190,3 +190,33 @@ def test_a_network_that_is_frozen_as_a_whole_is_refused(odd, monkeypatch):
     monkeypatch.setitem(denoiser.NETWORKS, "odd", lambda config: Odd(config).requires_grad_(False))
     with pytest.raises(UserError, match="'odd' has nothing to learn"):
         stage1.train(stage1.Options(teacher="teacher", out="stage1", guidance_range=(1.0, 1.0), **SMALL))
+
+
+class Normalized(Odd):
+    """With batch normalization, whose statistics are buffers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = torch.nn.BatchNorm2d(1)
+
+    def forward(self, z, time, label, guidance):
+        return self.norm(super().forward(z, time, label, guidance) + 3)
+
+
+def test_statistics_of_batch_normalization_are_those_of_the_run(odd, monkeypatch):
+    """They were once saved as the teacher had them, beside the averaged weights of the student."""
+    monkeypatch.setitem(denoiser.NETWORKS, "odd", Normalized)
+    checkpoint.save("teacher", Denoiser(odd.config))
+    options = stage1.Options(teacher="teacher", out="run", guidance_range=(1.0, 1.0), ema=0.9, save_every=3, **SMALL)
+    found = stage1.train(replace(options, updates=6)).network.norm
+    (newest,) = Path("run").glob("checkpoint-0000006")
+    _, tensors = checkpoint.load_state(newest)
+    for name, kept in checkpoint.load(newest).network.norm.named_buffers():
+        assert torch.equal(kept, tensors[f"weights/norm.{name}"]) and torch.equal(kept, found.get_buffer(name)), name
+    assert found.num_batches_tracked == 6 and found.running_mean > 1  # of 3, with momentum 0.1
+    assert not torch.equal(found.weight, tensors["weights/norm.weight"])
+    stopped = replace(options, out=Path("halves"))
+    stage1.train(replace(stopped, updates=3, anneal="none"))
+    halves = stage1.train(replace(stopped, updates=6, anneal="none", resume=True))
+    whole = stage1.train(replace(stopped, updates=6, anneal="none", out=Path("whole")))
+    assert halves.weights_sha256() == whole.weights_sha256()
