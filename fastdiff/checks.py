@@ -75,6 +75,13 @@ def can_guide(config: DenoiserConfig, name: str | Path, instead: str) -> None:
         )
 
 
+def finite(model: nn.Module, name: str | Path) -> None:
+    """Raises UserError for a model with weights that are NaN or infinite, and names the first."""
+    for key, tensor in getattr(model, "denoiser", model).network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has weights that are not finite (first in {key}): use another checkpoint")
+
+
 def positive(options: object, *names: str) -> None:
     """Raises UserError for an option that is there, and neither positive nor None."""
     for name in names:

@@ -131,8 +131,16 @@ class Extractor:
     accuracy: float
 
     @torch.no_grad()
-    def add(self, moments: Moments, images: Tensor) -> Moments:
-        """Add images (N, C, H, W) in [−1, 1], rounded to the 8 bits that a picture file holds."""
+    def add(self, moments: Moments, images: Tensor, *, what: str = "images") -> Moments:
+        """Add images (N, C, H, W) in [−1, 1], rounded to the 8 bits that a picture file holds.
+
+        what: what they are, for the UserError that is raised where some are not finite.
+        """
+        if bad := int((~data.are_finite(images)).sum()):
+            raise UserError(
+                f"{bad} of {len(images)} {what} are not finite, so there is no score of them: use another checkpoint, "
+                "or --precision fp32"
+            )
         device = next(self.network.parameters()).device
         for part in images.split(BATCH):
             features, logits = self.network(data.to_float(data.to_uint8(part)).to(device))

@@ -97,7 +97,10 @@ class Pair:
                     self.decoder, z, there, w, self.decoder_steps, schedule=self.decoder.schedule, clip=limit
                 )
                 translated.append(z.cpu())
-        return torch.cat(translated)
+        translated = torch.cat(translated)
+        if bad := int((~data.are_finite(translated)).sum()):
+            files.warn(f"{bad} of {len(images)} translated images at w = {w:g} are not finite: use other checkpoints")
+        return translated
 
     def calls(self, w: float) -> int:
         """Network calls an image."""

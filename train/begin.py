@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, data, distributed
+from fastdiff import checkpoint, checks, data, distributed
 from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
 from fastdiff.precision import agreed, check
@@ -107,6 +107,7 @@ def _teacher(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
         return None
     teacher = checkpoint.load(path, device=options.device)
     check_kind(recipe.name, teacher, path)
+    checks.finite(teacher, path)
     recipe.check(options, teacher)
     return teacher
 
