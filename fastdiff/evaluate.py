@@ -30,7 +30,7 @@ class Reference:
 
     @classmethod
     def load(cls, spec: str, *, device: str = "cpu") -> Reference:
-        """The training split of a data set. Raises UserError if it has no labels."""
+        """The training split of a data set. Raises UserError as `metrics.check_scorable` does."""
         extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
         first, second = metrics.halves(extractor, dataset)
         return cls(dataset, extractor, first + second, metrics.frechet_distance(first, second))
