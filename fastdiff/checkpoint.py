@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdiff import files
-from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, filled, moved
 from fastdiff.errors import UserError
 
 FORMAT = 1
@@ -126,9 +126,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Denoiser:
 
     Raises UserError if there is none, or if it is damaged or does not fit together.
     """
-    denoiser = _read(Path(folder), _load)[1]
-    denoiser = denoiser.requires_grad_(True).to(device, memory_format=torch.channels_last)
-    return denoiser.eval()
+    return moved(_read(Path(folder), _load)[1], device).eval()
 
 
 def load_state(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -248,8 +246,9 @@ def _load(folder: Path) -> Denoiser:
     config = _read_config(folder)
     weights = _read_tensors(folder / "model.safetensors")
     try:
-        with torch.device("meta"):
-            denoiser = Denoiser(config)
+        denoiser = blank(config)
+    except UserError:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder / 'model.json'} does not describe a fastdiff model: {error}") from None
     expected = {key: value.shape for key, value in denoiser.network.state_dict().items()}
@@ -260,8 +259,7 @@ def _load(folder: Path) -> Denoiser:
             f"{folder / 'model.safetensors'} holds weights of another architecture than its model.json describes "
             f"({len(wrong)} tensors differ, the first is {wrong[0]}): use the two files that were saved together"
         )
-    denoiser.network.load_state_dict(weights, assign=True)
-    return denoiser
+    return filled(denoiser, weights)
 
 
 def _read_config(folder: Path) -> DenoiserConfig:
@@ -344,10 +342,14 @@ def _contents(denoiser: Denoiser, state: dict | None, state_tensors: dict | None
     """What goes into each file; with copy, tensors share no memory with those given."""
 
     def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        plain = torch.contiguous_format
-        return {
-            key: value.detach().to("cpu", copy=copy, memory_format=plain).contiguous() for key, value in tensors.items()
-        }
+        plain, found, known = torch.contiguous_format, {}, set()
+        for key, value in tensors.items():
+            found[key] = value.detach().to("cpu", copy=copy, memory_format=plain).contiguous()
+            place = found[key].untyped_storage().data_ptr()
+            if place in known and found[key].numel():  # tied weights: the file holds each by its name
+                found[key] = found[key].clone()
+            known.add(place)
+        return found
 
     contents = {
         "model.safetensors": on_cpu(denoiser.network.state_dict()),

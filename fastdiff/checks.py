@@ -60,6 +60,12 @@ def label(wanted: str | int, model: nn.Module, option: str, source: str | Path) 
     raise UserError(f"{option} {wanted}: {source} has {has}")
 
 
+def named(number: int, model: nn.Module) -> str:
+    """A class as the commands print it."""
+    names = model.config.class_names
+    return f"{number} ({names[number]})" if names else str(number)
+
+
 def can_guide(config: DenoiserConfig, name: str | Path, instead: str) -> None:
     """Raises UserError for a class-conditional model without an unconditional one, which would have to guide it."""
     if config.unet.num_classes and not config.can_guide:
@@ -67,6 +73,13 @@ def can_guide(config: DenoiserConfig, name: str | Path, instead: str) -> None:
             f"{name} never saw a null class, so there is no unconditional model to guide it with: import it together "
             f"with one (fastdiff import … --unconditional SOURCE), or {instead}"
         )
+
+
+def finite(model: nn.Module, name: str | Path) -> None:
+    """Raises UserError for a model with weights that are NaN or infinite, and names the first."""
+    for key, tensor in getattr(model, "denoiser", model).network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has weights that are not finite (first in {key}): use another checkpoint")
 
 
 def positive(options: object, *names: str) -> None:

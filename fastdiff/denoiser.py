@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fastdiff.unet import UNet, UNetConfig, config_from_dict
 MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
 NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
 """By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded.
+
+What its `__init__` freezes stays frozen, and weights that it ties stay tied. Tensors that are not saved with the
+weights must come out the same each time that it is built.
 
 network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), what
 the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
@@ -124,7 +128,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.network = _network(config) if network is None else network
+        self.frozen = frozenset(name for name, p in self.network.named_parameters() if not p.requires_grad)
         self.network_rows = 0
+
+    def requires_grad_(self, requires_grad: bool = True) -> Denoiser:
+        """As of any module, but what the network's own code has frozen stays so."""
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in self.frozen)
+        return self
 
     @property
     def schedule(self) -> schedule.Schedule:
@@ -137,6 +148,15 @@ class Denoiser(nn.Module):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.unet.image_channels, *self.config.unet.image_size
+
+    def weights_sha256(self) -> str:
+        """Of names, dtypes, shapes and values of the weights, on whatever device they are."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            plain = tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         """(A, B), float64 (B,), with v = A·z + B·F for the network's output F."""
@@ -171,7 +191,10 @@ class Denoiser(nn.Module):
         """Where there are two networks, the one with classes alone, sharing its weights; else this denoiser."""
         if self.config.unconditional is None:
             return self
-        return Denoiser(replace(self.config, unconditional=None), self.network.conditional).train(self.training)
+        made = Denoiser(replace(self.config, unconditional=None), self.network.conditional)
+        prefix = "conditional."
+        made.frozen = frozenset(name.removeprefix(prefix) for name in self.frozen if name.startswith(prefix))
+        return made.train(self.training)
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Affine:
         """The velocity as an affine function of z and the raw network output, for the fused operations."""
@@ -191,6 +214,72 @@ class Pair(nn.Module):
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
         return (self.unconditional if label is None else self.conditional)(z, time, label, guidance)
+
+
+def blank(config: DenoiserConfig) -> Denoiser:
+    """A denoiser whose weights mean nothing yet, for `filled` or for its shapes: on the `meta` device if it can be.
+
+    Networks of one's own are built on the CPU, as their code may need values. Raises UserError that names a tensor of
+    one that no checkpoint would bring back.
+    """
+    if config.network == "unet":
+        with torch.device("meta"):
+            return Denoiser(config)
+    with torch.random.fork_rng(devices=[]):
+        denoiser = Denoiser(config)
+        if kept := dict(unsaved(denoiser.network)):
+            again = dict(unsaved(Denoiser(config).network))
+            for name, tensor in kept.items():
+                if not torch.equal(tensor, again.get(name, tensor.new_empty(0))):
+                    raise UserError(
+                        f"the network {config.network!r} makes its tensor {name} anew each time, with other values, "
+                        "and no checkpoint holds it: make it a parameter or a buffer that is saved"
+                    )
+    return denoiser
+
+
+def filled(denoiser: Denoiser, weights: dict[str, Tensor]) -> Denoiser:
+    """A `blank` denoiser with the weights of its network, which on `meta` are taken as they are, and else copied."""
+    on_meta = all(tensor.is_meta for tensor in denoiser.network.state_dict().values())
+    denoiser.network.load_state_dict(weights, assign=on_meta)
+    return denoiser
+
+
+def moved(denoiser: Denoiser, device: str | torch.device) -> Denoiser:
+    """On a device, channels-last. Raises UserError that names a tensor of the network which stayed behind."""
+    denoiser = denoiser.to(device, memory_format=torch.channels_last)
+    for name, tensor in unsaved(denoiser.network):
+        if tensor.device.type != torch.device(device).type:
+            raise UserError(
+                f"the network {denoiser.config.network!r} keeps its tensor {name} where `to` does not see it, so that "
+                f"it stays on {tensor.device.type} and not on {device}: register it by register_buffer(…, "
+                "persistent=False)"
+            )
+    return denoiser
+
+
+def unsaved(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network that its state_dict does not have, by name: unsaved buffers and plain attributes."""
+    registered = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    for prefix, module in network.named_modules():
+        for key in module._non_persistent_buffers_set:
+            yield f"{prefix}.{key}".lstrip("."), module._buffers[key]
+        for key in module.__dict__.keys() - _MODULE:
+            for name, tensor in _tensors(key, module.__dict__[key]):
+                if id(tensor) not in registered:
+                    yield f"{prefix}.{name}".lstrip("."), tensor
+
+
+_MODULE = nn.Module().__dict__.keys()  # what PyTorch itself keeps in a module
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an attribute: itself, or those in its list, tuple or dictionary."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(f"{name}[{key!r}]", item)
 
 
 def _network(config: DenoiserConfig) -> nn.Module:

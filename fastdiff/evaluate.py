@@ -30,7 +30,7 @@ class Reference:
 
     @classmethod
     def load(cls, spec: str, *, device: str = "cpu") -> Reference:
-        """The training split of a data set. Raises UserError if it has no labels."""
+        """The training split of a data set. Raises UserError as `metrics.check_scorable` does."""
         extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
         first, second = metrics.halves(extractor, dataset)
         return cls(dataset, extractor, first + second, metrics.frechet_distance(first, second))
@@ -48,7 +48,10 @@ class Reference:
 
 
 def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name: str, num: int) -> Row:
-    """num images with the reference's own label frequencies, scored, timed, and calls counted; guidance is a number."""
+    """num images with the reference's own label frequencies, scored, timed, and calls counted; guidance is a number.
+
+    Raises UserError where images are not finite.
+    """
     sampling, labels = sampling.settled(model.config), num
     if model.num_classes:
         evenly = torch.arange(num) * len(reference.dataset) // num  # data sets may be sorted by class
@@ -65,7 +68,7 @@ def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name
             break
         images = images.cpu()  # waits for the device, so that the time is the samples' own
         seconds += time.perf_counter() - start
-        reference.extractor.add(moments, images)
+        reference.extractor.add(moments, images, what=f"images of {name} at w = {sampling.guidance:g}")
     calls = int(distributed.total(torch.tensor(model.network_rows - rows)))
     return Row(
         model=name,
@@ -123,6 +126,7 @@ def main(options: Options) -> None:
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     model = options.load()
+    checks.finite(model, options.checkpoint)
     for guidance in options.guidance:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))

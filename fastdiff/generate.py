@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from fastdiff import distributed, graph, samplers, streams
+from fastdiff import data, distributed, files, graph, samplers, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided, with_guidance
 from fastdiff.precision import Precision, autocast
 from fastdiff.samplers import SAMPLERS
@@ -58,7 +58,7 @@ def generate(
     labels: (N,) int64; or a number N, for the classes 0, 1, …, num_classes − 1, 0, … in turn, and for models without
     classes. noise_ids: (N,) int64, default 0, 1, …: image i is a function of (seed, noise_ids[i], label, guidance),
     whatever the chunk size. Teachers' guidance takes two calls a step. With a graph, the loop of all steps is replayed
-    from the second chunk on (`graph.Captured`).
+    from the second chunk on (`graph.Captured`). Warns at the end if images were not finite.
 
     Raises ValueError for an encoder, for precision auto (see `precision.choose`), and for graph "on" without a GPU;
     there UserError where it cannot be recorded.
@@ -73,13 +73,20 @@ def generate(
     if not isinstance(labels, Tensor):
         labels = torch.arange(num) % model.num_classes if model.num_classes else None
     ids = torch.arange(num) if noise_ids is None else noise_ids
-    draw = _batch(model, sampling, device)
+    draw, bad = _batch(model, sampling, device), torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, num, sampling.batch_size):
         part = distributed.part(torch.arange(start, min(start + sampling.batch_size, num)))
         here = ids[part].to(device)
         w = samplers.as_guidance(guidance[part] if isinstance(guidance, Tensor) else guidance, here)
         images = draw(here, None if labels is None else labels[part].to(device), w)
-        yield distributed.gather(images, min(sampling.batch_size, num - start))
+        images = distributed.gather(images, min(sampling.batch_size, num - start))
+        bad += (~data.are_finite(images)).sum()  # nothing waits for the device before the end
+        yield images
+    if int(bad) and distributed.is_first():
+        files.warn(
+            f"{int(bad)} of {num} images ({int(bad) / num:.1%}) are not finite, since weights or outputs of the model "
+            "overflow or are NaN: use another checkpoint, or --precision fp32"
+        )
 
 
 def _batch(model: nn.Module, sampling: Sampling, device: torch.device) -> Callable[..., Tensor]:

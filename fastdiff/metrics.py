@@ -21,6 +21,7 @@ from fastdiff.errors import UserError
 
 FEATURE_WIDTH = 64
 BATCH = 512
+LEAST_IMAGES = 4  # two in each half, as a covariance needs
 
 
 @dataclass
@@ -63,7 +64,9 @@ class Moments:
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2·(Σ1·Σ2)^½). Needs more images than one on both sides."""
+    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2·(Σ1·Σ2)^½). Raises UserError unless there are two images or more on both sides."""
+    if min(first.count, second.count) < 2:
+        raise UserError(f"a Fréchet distance needs two images or more on both sides, not {first.count}, {second.count}")
     return frechet_of_gaussians(first.mean, first.covariance, second.mean, second.covariance)
 
 
@@ -131,8 +134,16 @@ class Extractor:
     accuracy: float
 
     @torch.no_grad()
-    def add(self, moments: Moments, images: Tensor) -> Moments:
-        """Add images (N, C, H, W) in [−1, 1], rounded to the 8 bits that a picture file holds."""
+    def add(self, moments: Moments, images: Tensor, *, what: str = "images") -> Moments:
+        """Add images (N, C, H, W) in [−1, 1], rounded to the 8 bits that a picture file holds.
+
+        what: what they are, for the UserError that is raised where some are not finite.
+        """
+        if bad := int((~data.are_finite(images)).sum()):
+            raise UserError(
+                f"{bad} of {len(images)} {what} are not finite, so there is no score of them: use another checkpoint, "
+                "or --precision fp32"
+            )
         device = next(self.network.parameters()).device
         for part in images.split(BATCH):
             features, logits = self.network(data.to_float(data.to_uint8(part)).to(device))
@@ -155,14 +166,27 @@ def halves(extractor: Extractor, dataset: data.Dataset) -> tuple[Moments, Moment
     return extractor.of_dataset(dataset, first), extractor.of_dataset(dataset, second)
 
 
+def check_scorable(dataset: data.Dataset) -> None:
+    """Raises UserError for a data set that nothing can be compared with: without classes, or with too few images."""
+    if dataset.num_classes < 2:
+        raise UserError(
+            f"--data {dataset.name}: scores need a data set with labels, of two classes or more, to train the feature "
+            "extractor on"
+        )
+    if len(dataset) < LEAST_IMAGES:
+        raise UserError(
+            f"--data {dataset.name}: scores need {LEAST_IMAGES} images or more, and its split {dataset.split!r} has "
+            f"{len(dataset)}: give more images"
+        )
+
+
 def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None) -> Extractor:
     """The embedded extractor of a data set: a classifier trained once on its training split, then cached.
 
-    Raises UserError for a data set without labels.
+    Raises UserError as `check_scorable` does.
     """
     train = data.load(spec, "train")
-    if train.num_classes < 2:
-        raise UserError(f"--data {spec}: scores need a data set with labels, to train the feature extractor on")
+    check_scorable(train)
     train, test = _train_and_test(spec, train)
     cache = cache or Path(os.environ.get("FASTDIFF_CACHE", "~/.cache/fastdiff")).expanduser() / "features"
     path = cache / f"classifier1-{train.name}-{train.fingerprint}.safetensors"

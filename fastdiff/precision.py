@@ -75,6 +75,7 @@ def compare(model: nn.Module, batch_size: int, *, backward: bool = False) -> tup
     """
     denoiser = copy.deepcopy(getattr(model, "denoiser", model)).eval().requires_grad_(backward)
     parameters = list(denoiser.parameters())
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
     device = parameters[0].device
 
     def run(precision: str, inputs: tuple[Tensor | None, ...]) -> Tensor:
@@ -82,7 +83,7 @@ def compare(model: nn.Module, batch_size: int, *, backward: bool = False) -> tup
             with autocast(precision, device):
                 out = denoiser.network_output(*inputs)
             if backward:
-                torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
+                torch.autograd.grad(out, learned, torch.ones_like(out), allow_unused=True)
         return out.detach()
 
     def seconds(precision: str, inputs: tuple[Tensor | None, ...]) -> float:

@@ -1,6 +1,6 @@
 """A run's folder: what it holds, under which names, and how that is read, written and removed.
 
-config.json     every option, the plan, the command that continues it, versions, device
+config.json     every option, the plan, the command that continues it, hashes of teacher and data, versions, device
 metrics.jsonl   a line of JSON every --log-every updates
 scores.jsonl    a line for each time that the model was scored
 samples-*.png   pictures of the model, made whenever it is saved
@@ -8,6 +8,7 @@ checkpoint-N/   the last few checkpoints that can be resumed, by update
 best/           the model with the lowest Fréchet distance, where it is scored
 steps-N/        the models of finished rounds, by their sampling steps
 tensorboard/    the same numbers, for those who have it installed
+.lock           which process is at work here, while one is
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff import checkpoint, checks, distributed, files
+from fastdiff import checkpoint, checks, distributed, files, lock
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
 
@@ -68,6 +69,18 @@ class Run:
 
     # --- To begin, or to go on ---
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep other processes from training in it. Raises UserError, as `lock.held` does."""
+
+        def make() -> None:
+            self._before()
+            checks.folder(self.folder)
+
+        distributed.first(make)
+        with lock.held(self.folder):
+            yield
+
     def begin(self, config: dict, *, resume: bool, overwrite: bool, lasting: Callable[[dict], dict]) -> None:
         """Make the folder and its config.json.
 
@@ -75,11 +88,8 @@ class Run:
         another run or something else.
         """
         out = self.folder
-        if self._holds_something():
-            try:
-                before = self.config()
-            except UserError:
-                raise UserError(f"{out} is not empty and holds no run of fastdiff: choose another --out") from None
+        before = self._before()
+        if before is not None:
             if overwrite:
                 self._clear()
             elif resume:
@@ -94,10 +104,15 @@ class Run:
         checks.folder(out)
         self.write_config(config)
 
-    def _holds_something(self) -> bool:
-        if not self.folder.is_dir():
-            return self.folder.exists()
-        return bool({*self.folder.iterdir()} - {files.beside(self._config, "writing")})  # which a kill may have left
+    def _before(self) -> dict | None:
+        """config.json of the run that is here, None for an empty folder. Raises UserError for anything else."""
+        ours = {self.folder / lock.NAME, files.beside(self._config, "writing")}  # which a kill may have left
+        if not self.folder.exists() or (self.folder.is_dir() and not {*self.folder.iterdir()} - ours):
+            return None
+        try:
+            return self.config()
+        except UserError:
+            raise UserError(f"{self.folder} is not empty and holds no run of fastdiff: choose another --out") from None
 
     def _clear(self) -> None:
         for pattern in HOLDS:
@@ -114,6 +129,12 @@ class Run:
         ]
         if before.get("data_fingerprint") != now["data_fingerprint"]:
             changed.append("the data set is another one")
+        known = before.get("teacher_sha256")  # runs of before it was kept go on
+        if known is not None and known != now["teacher_sha256"]:
+            changed.append(
+                f"the teacher {now['options']['teacher']} has other weights than when the run began "
+                "(name the checkpoint that it had then, or start again with --overwrite)"
+            )
         if changed:
             raise UserError(f"cannot resume {self.folder} with other options: {'; '.join(changed)}")
 

@@ -141,8 +141,8 @@ def _columns(options: Options, num_classes: int) -> int:
 def _labels(options: Options, model: nn.Module) -> Tensor:
     """The classes of --num images. Raises UserError for one that the model does not have."""
     chosen = [checks.label(wanted, model, "--labels", options.checkpoint) for wanted in options.labels]
-    if (names := model.config.class_names) and chosen and distributed.is_first():
-        print(f"classes: {', '.join(f'{number} ({names[number]})' for number in dict.fromkeys(chosen))}")
+    if chosen and distributed.is_first():
+        print(f"classes: {', '.join(checks.named(number, model) for number in dict.fromkeys(chosen))}")
     return _repeated(torch.tensor(chosen or range(model.num_classes)), options.num)
 
 

@@ -31,9 +31,9 @@ class Options:
     """A checkpoint of train.stage2; or a teacher or stage-1 model."""
     images: Path
     """A picture, or a folder of pictures."""
-    from_label: int | None = None
-    """The class of the pictures, for models with classes."""
-    to_label: int | None = None
+    from_label: str | None = None
+    """The class of the pictures by name, or by number, for models with classes."""
+    to_label: str | None = None
     """The class to turn them into."""
     guidance: tuple[float, ...] = (0.0,)
     """One or several guidance strengths w, for encoding and decoding alike."""
@@ -97,7 +97,10 @@ class Pair:
                     self.decoder, z, there, w, self.decoder_steps, schedule=self.decoder.schedule, clip=limit
                 )
                 translated.append(z.cpu())
-        return torch.cat(translated)
+        translated = torch.cat(translated)
+        if bad := int((~data.are_finite(translated)).sum()):
+            files.warn(f"{bad} of {len(images)} translated images at w = {w:g} are not finite: use other checkpoints")
+        return translated
 
     def calls(self, w: float) -> int:
         """Network calls an image."""
@@ -123,9 +126,11 @@ def main(options: Options) -> None:
         )
     pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
     checks.output(options.out, options.overwrite, file=False)
-    source, target = (
-        None if label is None else torch.full((len(files),), label) for label in (options.from_label, options.to_label)
-    )
+    source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(files))
+    target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(files))
+    if source is not None and target is not None:
+        classes = zip((source, target), (pair.encoder, pair.decoder), strict=True)
+        print(f"classes: {' -> '.join(checks.named(int(label[0]), model) for label, model in classes)}")
     batch_size = options.batch_size
     precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
     how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
@@ -135,11 +140,12 @@ def main(options: Options) -> None:
         columns.append(pair.translate(pictures, source, target, w, **how))
         for file, image in zip(files, columns[-1], strict=True):
             figures.save_image(image, _output(options, file, w))
-        compared = {"pair": pair} if goes_back else {}
+        compared = {"pair": (pair, source)} if goes_back else {}
         if undistilled is not None:
-            compared["undistilled"] = pair.undistilled(undistilled, w)
-        for name, one in compared.items():
-            error = rmse(one.translate(pictures, source, source, w, **how), pictures)
+            own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(files))
+            compared["undistilled"] = pair.undistilled(undistilled, w), own
+        for name, (one, label) in compared.items():
+            error = rmse(one.translate(pictures, label, label, w, **how), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
             print(f"w = {number(w)}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
     strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
@@ -182,7 +188,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
             raise UserError(
                 f"{path} has another noise schedule than {options.encoder}: the noise of one is not the other's"
             )
-        _check_label(model, path, label, option)
+        _labels(model, path, label, option, 0)
     for path, model in {path: model for model, path, *_ in models}.items():
         for w in options.guidance:
             checks.guidance(model, w, path)
@@ -226,12 +232,11 @@ def _load(path: Path, option: str, steps: int | None, device: str) -> tuple[nn.M
     return with_guidance(denoiser), steps or trained or TEACHER_STEPS
 
 
-def _check_label(model: nn.Module, path: Path, label: int | None, option: str) -> None:
-    if label is None and model.num_classes:
+def _labels(model: nn.Module, path: Path, wanted: str | None, option: str, count: int) -> Tensor | None:
+    """(count,) of the model's own number of a class, or None without one. Raises UserError where it has no such."""
+    if wanted is None and model.num_classes:
         raise UserError(f"{path} has {model.num_classes} classes: say which with {option}")
-    if label is not None and not 0 <= label < model.num_classes:
-        has = f"{model.num_classes} classes, 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
-        raise UserError(f"{option} {label}: {path} has {has}")
+    return None if wanted is None else torch.full((count,), checks.label(wanted, model, option, path))
 
 
 def same_domain(one: nn.Module, other: nn.Module) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted
+from fastdiff import checkpoint, checks, data, distributed
+from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
@@ -93,11 +93,12 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
-    description = describe(recipe, options, dataset)
-    distributed.first(lambda: begin_run(options, description))
-    options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
-    torch.manual_seed(options.seed)
-    return recipe.learn(options, teacher, dataset)
+    _check_out(options)
+    with Run(options.out).held():
+        distributed.first(lambda: begin_run(options, describe(recipe, options, dataset, teacher)))
+        options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
+        torch.manual_seed(options.seed)
+        return recipe.learn(options, teacher, dataset)
 
 
 def _teacher(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
@@ -106,6 +107,7 @@ def _teacher(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
         return None
     teacher = checkpoint.load(path, device=options.device)
     check_kind(recipe.name, teacher, path)
+    checks.finite(teacher, path)
     recipe.check(options, teacher)
     return teacher
 
@@ -149,8 +151,7 @@ def _check_fit(
 def check_buildable(config: DenoiserConfig) -> None:
     """Raises UserError for an architecture that does not fit the images."""
     try:
-        with torch.device("meta"):
-            Denoiser(config)
+        blank(config)
     except ValueError as error:
         raise UserError(f"--unet: {error}") from None
 
@@ -166,16 +167,21 @@ def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
 # --- The run's folder ---
 
 
-def begin_run(options: LoopOptions, description: dict) -> None:
-    """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
+def _check_out(options: LoopOptions) -> None:
     out, teacher = options.out, getattr(options, "teacher", None)
     if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"--out {out} holds the teacher {teacher}: choose another --out")
-    Run(out).begin(description, resume=options.resume, overwrite=options.overwrite, lasting=options.lasting)
 
 
-def describe(recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None) -> dict:
-    """What config.json says: every option, the plan, the data, versions, git revision, device."""
+def begin_run(options: LoopOptions, description: dict) -> None:
+    """Make the run's folder and its config.json. Raises UserError if it holds another run or something else."""
+    Run(options.out).begin(description, resume=options.resume, overwrite=options.overwrite, lasting=options.lasting)
+
+
+def describe(
+    recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None, teacher: Denoiser | None = None
+) -> dict:
+    """What config.json says: every option, the plan, the teacher, the data, versions, git revision, device."""
     on_gpu = options.device.startswith("cuda")
     return {
         "recipe": options.recipe(),
@@ -184,6 +190,7 @@ def describe(recipe: Recipe, options: LoopOptions, dataset: data.Dataset | None)
         "plan": recipe.plan(options),
         "command": options.command(recipe.presets),
         "options": options.plain(),
+        "teacher_sha256": None if teacher is None else teacher.weights_sha256(),
         "data_fingerprint": None if dataset is None else dataset.fingerprint,
         "versions": {
             "fastdiff": fastdiff.__version__,
@@ -232,8 +239,7 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
     """What `--dry-run` prints: model size, what will be run, memory estimate."""
     if not distributed.is_first():
         return
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
+    denoiser = blank(config)
     world = distributed.world_size()
     size = sum(p.numel() for p in denoiser.parameters())
     weights = size / (world if options.shard else 1)
@@ -263,13 +269,23 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
 
 
 def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptions) -> int:
-    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored)."""
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
-        z = torch.empty(batch_size, *denoiser.image_shape)
-        angle = torch.empty(batch_size)
-        label = torch.empty(batch_size, dtype=torch.int64) if denoiser.num_classes else None
+    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored).
+
+    Networks of one's own make real passes of one image and of two, on the CPU, from which those of more follow.
+    """
+    denoiser = blank(config)
     denoiser.network.gradient_checkpointing = options.gradient_checkpointing
+    if next(denoiser.parameters()).is_meta:
+        return _saved_bytes(denoiser, batch_size)
+    one, two = (_saved_bytes(denoiser, images) for images in (1, 2))
+    return one + (batch_size - 1) * (two - one)
+
+
+def _saved_bytes(denoiser: Denoiser, batch_size: int) -> int:
+    with next(denoiser.parameters()).device:
+        z = torch.zeros(batch_size, *denoiser.image_shape)
+        angle = torch.ones(batch_size)
+        label = torch.zeros(batch_size, dtype=torch.int64) if denoiser.num_classes else None
     owned = {id(p) for p in denoiser.parameters()}
     sizes: dict[int, int] = {}
     kept = []  # held so that ids stay unique

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastdiff import checkpoint, checks, cli, data, figures, files
+from fastdiff import checkpoint, checks, cli, data, figures, files, lock
 from fastdiff.cli import number
 from fastdiff.denoiser import MAX_GUIDANCE, is_guidance, with_guidance
 from fastdiff.errors import UserError
@@ -63,6 +63,12 @@ def main(options: Options) -> None:
     """Train every method of the paper on one teacher, score and time all, and write tables and figures."""
     check(options)
     checks.folder(options.out)
+    with lock.held(options.out):
+        compare(options)
+
+
+def compare(options: Options) -> None:
+    """What `main` does, in a folder of which this process is sure."""
     reference = Reference.load(options.preset, device=options.device)
     options = settled(options)
     results = load_results(options)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import checks, cli, data, figures, files
+from fastdiff import checks, cli, data, figures, files, lock
 from fastdiff.denoiser import Denoiser, Guided
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, table
@@ -71,7 +71,12 @@ def main(options: Options) -> None:
         raise UserError(f"unknown preset {options.preset!r} of the demo; known: digits, fashion-mnist")
     checks.device(options.device)
     checks.folder(options.out)
-    clock = Clock(60 * options.minutes)
+    with lock.held(options.out):
+        demonstrate(options, Clock(60 * options.minutes))
+
+
+def demonstrate(options: Options, clock: Clock) -> None:
+    """What `main` does, in a folder of which this process is sure."""
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
     reference = Reference.load(spec, device=options.device)

@@ -43,7 +43,8 @@ class Options(LoopOptions):
     guidance_range: tuple[float, float] | None = None
     """Guidance strengths w to learn, of a stage-1 teacher; default: all of its own."""
     class_frequencies: tuple[float, ...] = ()
-    """How often each class is drawn, in any unit; default: all equally often."""
+    """How often each class is drawn, in any unit, in the order of the teacher's class_names; default: all equally
+    often."""
     alpha: float = 1.2
     """Weight of the fake score's correction in the generator's loss, in (0, 2]; [SiD] takes 1.2, or 1. Above 1, a
     generator that is far too wide is driven further away."""
@@ -161,7 +162,10 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset | None) -> 
 
 def scoring_data(options: Options) -> data.Dataset | None:
     try:
-        return begin.training_data(options) if options.data else None
+        dataset = begin.training_data(options) if options.data else None
+        if dataset is not None and dataset.num_classes:
+            metrics.check_scorable(dataset)
+        return dataset
     except UserError as error:
         raise UserError(f"{error}; it would only score the generator, and --data None does without") from None
 
@@ -281,39 +285,45 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, options: Options) ->
     reference = Reference.load(options.data, device=options.device) if labelled else None
     labels = torch.arange(options.score_num) % max(1, teacher.num_classes)
 
-    def variety(model, steps: int, sampler: str) -> metrics.Variety:
+    def draw(model, steps: int, sampler: str) -> Tensor:
         sampling = Sampling(guidance=strengths[0], steps=steps, sampler=sampler, seed=options.seed)
-        chunks = generate(model, options.score_num, sampling)
-        return metrics.variety(torch.cat([part.cpu() for part in chunks]), labels)
+        return torch.cat([part.cpu() for part in generate(model, options.score_num, sampling)])
 
     usual: list[metrics.Variety] = []  # the teacher's, once it is needed
 
     def watch(model: Denoiser, last: dict | None) -> dict:
         if not usual:
-            usual.append(variety(with_guidance(teacher), 32, "ddim"))
-        found, expected = variety(model, 1, "one_step"), usual[0]
+            usual.append(metrics.variety(draw(with_guidance(teacher), 32, "ddim"), labels))
+        images = draw(model, 1, "one_step")
+        if bad := 1 - float(data.are_finite(images).float().mean()):
+            return {"alarms": [f"{bad:.1%} of the images are not finite, and have no scores"]}  # `generate` has warned
+        found, expected = metrics.variety(images, labels), usual[0]
         ratios = found.spread / expected.spread.clamp(min=1e-12)
         spread, worst = float(ratios.min()), int(ratios.argmin())
         row = {"spread": round(spread, 4), "near_duplicates": round(found.near_duplicates, 4), "alarms": []}
         # A generator starts with little variety, and gains it.
-        if last is not None and spread < COLLAPSED and round(spread, 4) <= last["spread"]:
+        if last is not None and "spread" in last and spread < COLLAPSED and round(spread, 4) <= last["spread"]:
             row["alarms"].append(f"class {worst} varies {spread:.2f} times as much as the teacher's images of it")
         if found.near_duplicates > expected.near_duplicates + REPEATED:
             row["alarms"].append(
                 f"{found.near_duplicates:.0%} of the images have a near-duplicate, "
                 f"{expected.near_duplicates:.0%} of the teacher's"
             )
+        if reference is not None:
+            how = Sampling(steps=1, sampler="one_step", seed=options.seed, precision=options.precision)
+            try:
+                scores = [
+                    evaluate(model, reference, replace(how, guidance=w), name="sid", num=options.score_num)
+                    for w in strengths
+                ]
+            except UserError as error:  # of images that are not finite; training may get over it
+                row["alarms"].append(str(error))
+            else:
+                row["scores"] = [{"guidance": one.guidance, "fd": one.fd, "score": one.score} for one in scores]
+                row["fd"] = round(sum(one.fd for one in scores) / len(scores), 4)
         for alarm in row["alarms"]:
             if distributed.is_first():
                 print(f"warning: collapse? {alarm}", flush=True)
-        if reference is not None:
-            how = Sampling(steps=1, sampler="one_step", seed=options.seed, precision=options.precision)
-            scores = [
-                evaluate(model, reference, replace(how, guidance=w), name="sid", num=options.score_num)
-                for w in strengths
-            ]
-            row["scores"] = [{"guidance": one.guidance, "fd": one.fd, "score": one.score} for one in scores]
-            row["fd"] = round(sum(one.fd for one in scores) / len(scores), 4)
         return row
 
     return watch

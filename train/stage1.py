@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastdiff import checks, cli, data
-from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance, moved
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
@@ -97,7 +97,7 @@ def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denois
     _, unexpected = student.network.load_state_dict(teacher.network.state_dict(), strict=False)
     if unexpected:
         raise ValueError(f"a network with guidance input has no place for the teacher's {', '.join(unexpected)}")
-    return student.to(next(teacher.parameters()).device)
+    return moved(student, next(teacher.parameters()).device)
 
 
 def check_teacher(options: Options, teacher: Denoiser) -> None:

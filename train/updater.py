@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import distributed
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import Denoiser, blank, filled, moved
 from fastdiff.errors import UserError
 from fastdiff.losses.batch import TIME, Batch
 from fastdiff.precision import autocast
@@ -58,10 +58,13 @@ class Updater:
         distributed.share(denoiser.state_dict().values())
         self.averaged = copy.deepcopy(denoiser).requires_grad_(False).eval() if options.ema else denoiser
         if options.shard:
-            self.empty = copy.deepcopy(denoiser).to("meta")
             for model in {denoiser, self.averaged}:
                 distributed.shard(model.network)
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise UserError(
+                f"the network {denoiser.config.network!r} has nothing to learn: all its parameters are frozen"
+            )
         self.of_average, self.averaged_over = list(self.averaged.parameters()), list(denoiser.parameters())
         self.device = self.parameters[0].device
         optimizer = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
@@ -111,7 +114,8 @@ class Updater:
         self.update_count += 1
 
     def begin(self) -> None:
-        """Write down for the device which update is to be made."""
+        """Write down for the device which update is to be made; all processes start it with the first one's buffers."""
+        distributed.share(self.denoiser.buffers())
         self.lr.fill_(self.learning_rate())
         self.number.fill_(self.update_count + 1)
         for weight in self.ema_weights.values():
@@ -138,12 +142,16 @@ class Updater:
         return [] if options.shard else [parameter.grad for parameter in self.parameters]
 
     def step(self) -> None:
-        """Update weights and average with the gradients that are there, and forget these."""
+        """Update weights and average with the gradients that are there, and forget these.
+
+        Buffers, as those of batch normalization, have no average: the present ones go with it.
+        """
         options = self.options
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # a network may not use all that it has
         if self.tolerance:
-            for gradient in (distributed.local(parameter.grad) for parameter in self.parameters):
+            for gradient in map(distributed.local, gradients):
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        norm = torch.nn.utils.get_total_norm(gradients)
         if options.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, options.clip_norm, norm)
         self.grad_norm.copy_(distributed.whole(norm))
@@ -157,6 +165,8 @@ class Updater:
             )
             with torch.no_grad():
                 torch._foreach_lerp_(average, weights, [self.ema_weights[p.dtype] for p in average])
+                for kept, current in zip(self.averaged.buffers(), self.denoiser.buffers(), strict=True):
+                    kept.copy_(current)
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -208,10 +218,8 @@ class Updater:
         """The model to save and to use, whole in every process; all have to ask for it together."""
         if not self.options.shard:
             return self.averaged
-        model = copy.deepcopy(self.empty)
         weights = {name: distributed.whole(p) for name, p in self.averaged.network.state_dict().items()}
-        model.network.load_state_dict(weights, assign=True)
-        return model.to(memory_format=torch.channels_last)
+        return moved(filled(blank(self.denoiser.config), weights), self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restore` needs, in the first process; all have to ask for it together."""
@@ -219,7 +227,7 @@ class Updater:
         if self.options.ema:
             tensors |= {f"ema/{name}": p for name, p in self.averaged.network.state_dict().items()}
         for name, parameter in self.denoiser.network.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
         sums = {"loss_sum": self.loss_sum, "samples": self.samples, "dropped": self.dropped}
         sums |= {f"sums/{name}": value for name, value in sorted(self.sums.items())}
@@ -238,7 +246,8 @@ class Updater:
         if self.options.ema:
             _load(self.averaged.network, _under(tensors, "ema/"))
         for name, parameter in self.denoiser.network.named_parameters():
-            state = _under(tensors, f"optimizer/{name}/")
+            if not (state := _under(tensors, f"optimizer/{name}/")):
+                continue
             self.optimizer.state[parameter] = {
                 key: value.to(self.device if self.device.type == "cuda" else "cpu")
                 if key == "step"

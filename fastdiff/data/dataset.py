@@ -111,6 +111,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return pixels.nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
+def are_finite(images: torch.Tensor) -> torch.Tensor:
+    """(N,) bool: which of N images have no pixel that is NaN or infinite."""
+    return images.flatten(1).isfinite().all(1)
+
+
 def check_labels(labels: np.ndarray, num_classes: int, source: str | Path) -> None:
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):

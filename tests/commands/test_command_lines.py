@@ -16,7 +16,7 @@ from common import TINY, snapshot
 from PIL import Image
 
 import kernels
-from fastdiff import checkpoint, cli
+from fastdiff import checkpoint, cli, metrics
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +255,27 @@ def test_evaluate_needs_labels(run, tmp_path):
     assert_refused(
         run("sample", "--checkpoint", "model", "--guidance", "1", "--device", "cpu"), "unconditional", "--guidance 1"
     )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sid"])
+def test_scores_of_too_few_images_are_refused_before_anything_is_trained(run, tmp_path, monkeypatch, command):
+    """Two classes of two images once trained an extractor for a minute, and then failed in linear algebra."""
+    monkeypatch.setattr(metrics, "_train", None)
+    write_images(tmp_path / "images", channels=1, count=4)
+    checkpoint.save(tmp_path / "model", Denoiser(DenoiserConfig(replace(TINY, num_classes=2))))
+    option = "--teacher" if command == "sid" else "--checkpoint"
+    result = run(command, option, "model", "--data", "images", "--out", "o", "--device", "cpu")
+    assert_refused(result, "--data images", "need 4 images or more", "has 2")
+    assert not Path("o").exists()
+
+
+def test_scores_of_as_few_images_as_there_can_be(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_train", lambda network, train, test: 1.0)
+    write_images(tmp_path / "images", channels=1, count=6)
+    checkpoint.save(tmp_path / "model", Denoiser(DenoiserConfig(replace(TINY, num_classes=2))))
+    given = ["--data", "images", "--num", 2, "--steps", 1, "--out", "o.json", "--device", "cpu"]
+    result = run("evaluate", "--checkpoint", "model", *given)
+    assert result.code == 0 and json.loads(Path("o.json").read_text())["rows"][0]["fd"] >= 0, result.err
 
 
 # --- checkpoints ---

@@ -352,6 +352,27 @@ def test_labels_that_the_models_do_not_have_are_refused(translate, pictures, lab
     assert not Path("out").exists()
 
 
+def test_classes_are_named_by_each_model_in_its_own_order(translate, models, tmp_path, pictures):
+    """A name may have another number in the encoder, in the decoder and in the model to compare with."""
+    names = tuple("0123456789")
+    for order in (names, names[::-1]):
+        for kind, config in (("from", ENCODER), ("to", DECODER), ("teacher", {})):
+            save_model(tmp_path / f"{kind}{order[0]}", class_names=order, **config)
+    drawn = []
+    for other in "09":  # weights and numbers are the same, names are not
+        labels = ("3", "8") if other == "0" else ("6", "1")
+        of = {"encoder": tmp_path / f"from{other}", "decoder": tmp_path / f"to{other}", "labels": labels}
+        result = translate("--guidance", 1, "--compare", tmp_path / f"teacher{other}", "--overwrite", **of)
+        assert result.code == 0, result.err
+        drawn.append((written([f"digit-{index}-w1.png" for index in range(3)]).tolist(), report()))
+    assert drawn[0] == drawn[1]
+    assert translate("--guidance", 1, "--overwrite", decoder=tmp_path / "to9", labels=(3, "cat")).code == 2
+    mixed = {"encoder": tmp_path / "from0", "decoder": tmp_path / "to9", "labels": ("3", "1")}
+    assert translate("--guidance", 1, "--compare", tmp_path / "teacher9", "--overwrite", **mixed).code == 0
+    assert written([f"digit-{index}-w1.png" for index in range(3)]).tolist() == drawn[0][0]
+    assert "classes: 3 (3) -> 8 (1)" in translate("--overwrite", **mixed).out
+
+
 @pytest.mark.parametrize(("labels", "option"), [((0, None), "--from-label 0"), ((None, 0), "--to-label 0")])
 def test_labels_for_models_without_classes_are_refused(translate, models, pictures, labels, option):
     result = translate(encoder=models / "plain", decoder=models / "plain", labels=labels)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +137,89 @@ def test_what_was_found_is_told(make, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # once
     data.load("digits")
     assert "data digits, train: 1438 images of 1×8×8, 10 classes: 0 (142), 1 (146)" in capsys.readouterr().out
+
+
+# --- the table of docs/guide/data.md, row by row ---
+
+
+def many(*folders):
+    return [f"{folder}/{number}.png" for folder in folders for number in range(10)]
+
+
+def idx(root):
+    root.mkdir()
+    for prefix in ("train", "t10k"):
+        (root / f"{prefix}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, *(0, 0, 0, 3) * 3]) + bytes(27))
+        (root / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 0, 1, 2]))
+    return root
+
+
+def cifar(root):
+    root.mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (root / f"{name}.bin").write_bytes(bytes(3073))
+    (root / "batches.meta.txt").write_text("airplane\nautomobile\n")
+    return root
+
+
+def edm(root):
+    folder(root, *(f"00000/img{number:08d}.png" for number in range(3)))
+    pairs = [[f"00000/img{number:08d}.png", label] for number, label in enumerate((1, 0, 1))]
+    (root / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    return root
+
+
+def by_name(root):
+    idx(root / "mnist")
+    return "mnist"
+
+
+PETS = ("cat", "dog")
+LAYOUTS = {  # the first column: how to make one, shape, classes, images of each split
+    "`digits`": (lambda root: "digits", (1, 8, 8), tuple("0123456789"), {"train": 1438, "test": 359}),
+    "`mnist`, `fashion-mnist`, `cifar10`": (by_name, (1, 8, 8), tuple("012"), {"train": 3, "test": 3}),
+    "a folder of IDX files": (lambda root: idx(root / "x"), (1, 8, 8), tuple("012"), {"train": 3, "test": 3}),
+    "`cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz`, or the folder inside one": (
+        lambda root: cifar(root / "x"),
+        (3, 32, 32),
+        ("airplane", "automobile"),
+        {"train": 5, "test": 1},
+    ),
+    "`cat/… dog/…`": (many(*PETS), PETS, {"train": 18, "test": 2}),
+    "`cat/a/… cat/b/… dog/…`": (many("cat/a", "cat/b", "dog"), PETS, {"train": 27, "test": 3}),
+    "`train/cat/… test/cat/…`": (many("train/cat", "test/cat"), ("cat",), {"train": 10, "test": 10}),
+    "`Training/cat/… valid/cat/…`": (
+        many("Training/cat", "valid/cat"),
+        ("cat",),
+        {"train": 10, "val": 10, "test": 10},
+    ),
+    "`train/cat/… train/dog/…`": (many("train/cat", "train/dog"), PETS, {"train": 20}),
+    "`train/… car/… bus/…`": (many("train", "car", "bus"), ("bus", "car", "train"), {"train": 27, "test": 3}),
+    "`pets/cat/… pets/dog/…`": (many("pets/cat", "pets/dog"), PETS, {"train": 18, "test": 2}),
+    "`1.png 2.png …`": (["1.png", "2.png"], (), {"train": 2}),
+    "`train/1.png test/1.png`": (["train/1.png", "test/1.png"], (), {"train": 1, "test": 1}),
+    "`dataset.json 00000/img00000000.png …`": (lambda root: edm(root / "x"), (3, 4, 6), ("0", "1"), {"train": 3}),
+}
+
+
+def test_the_guide_has_these_layouts():
+    guide = (Path(__file__).parents[2] / "docs/guide/data.md").read_text()
+    rows = re.findall(r"^\| (.*?) \|", guide.partition("\n\n| `--data`")[2], re.MULTILINE)
+    assert rows == list(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_of_the_guide(layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_DATA", str(tmp_path))
+    make, *shape, classes, splits = LAYOUTS[layout]
+    spec = folder(tmp_path / "set", *make) if isinstance(make, list) else make(tmp_path)
+    for split in ("train", "test", "val"):
+        if split not in splits:
+            with pytest.raises(UserError, match=f"no split '{split}'"):
+                data.load(spec, split)
+            continue
+        found = data.load(spec, split)
+        assert (found.shape, found.class_names, len(found)) == (*(shape or [(3, 4, 6)]), classes, splits[split])
 
 
 # --- files ---

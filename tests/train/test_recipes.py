@@ -24,6 +24,7 @@ from train.options import LoopOptions
 from train.updater import Updater
 
 META = torch.device("meta")
+RESUME = {"device": "cpu", "resume": True}
 
 
 def count_updates(monkeypatch):
@@ -420,3 +421,41 @@ def test_a_run_cannot_replace_its_own_teacher(runs):
     with pytest.raises(UserError, match="holds the teacher"):
         stage2.train(options)
     assert sorted(p.name for p in stage1_run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("recipe", ["stage1", "stage2"])
+def test_a_run_does_not_go_on_with_another_teacher(runs, tmp_path, recipe):
+    """One that was replaced, or that trained on meanwhile, was once accepted."""
+    of = {"stage1": "teacher", "stage2": "stage1"}[recipe]
+    folder, out = tmp_path / of, tmp_path / recipe
+    shutil.copytree(getattr(runs, of), folder)
+    shutil.copytree(getattr(runs, recipe), out)
+    train, make = {
+        "stage1": (stage1.train, lambda: stage1.Options(out=out, teacher=folder, updates=20, batch_size=16, **RESUME)),
+        "stage2": (stage2.train, lambda: stage2_options(folder, out, resume=True)),
+    }[recipe]
+    train(make())
+    model = checkpoint.load(folder)
+    (newest,) = sorted(folder.glob("checkpoint-*"))[-1:]
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1e-6
+    checkpoint.save(newest.with_name("checkpoint-0001000"), model)
+    before = snapshot(out)
+    with pytest.raises(UserError, match=f"cannot resume {out}.* the teacher {folder} has other weights"):
+        train(make())
+    assert snapshot(out) == before
+    old = json.loads((out / "config.json").read_text())
+    assert len(old.pop("teacher_sha256")) == 64
+    (out / "config.json").write_text(json.dumps(old))
+    train(make())  # a run of before the hash was kept
+
+
+def test_the_hash_of_weights_sees_names_shapes_and_values_alone(random_teacher):
+    first, model = (checkpoint.load(random_teacher) for _ in range(2))
+    known = first.weights_sha256()
+    assert model.to(memory_format=torch.contiguous_format).weights_sha256() == known
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1
+    assert model.weights_sha256() != known
+    smaller = replace(first.config.unet, num_classes=9)
+    assert Denoiser(replace(first.config, unet=smaller)).weights_sha256() != known

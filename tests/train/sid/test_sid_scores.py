@@ -12,6 +12,7 @@ from common import assert_same_weights
 from sid_runs import lines_of, same, train
 
 from fastdiff import checkpoint
+from fastdiff import evaluate as evaluation
 from train import sid as recipe
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -125,3 +126,23 @@ def test_data_without_labels_serve_no_distance(models, tmp_path):
     train(models / "unconditional", tmp_path / "run", data=str(images), updates=1)
     (row,) = lines_of(tmp_path / "run/scores.jsonl")
     assert "fd" not in row and row["spread"] > 0
+
+
+@pytest.mark.parametrize("where", [recipe, evaluation])
+def test_images_that_are_not_finite_have_no_scores_and_training_goes_on(
+    models, extractor, tmp_path, monkeypatch, where
+):
+    real = where.generate
+
+    def breaking(model, labels, sampling, **how):
+        for images in real(model, labels, sampling, **how):
+            yield images * (math.nan if sampling.sampler == "one_step" else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, "generate", breaking)
+        train(models / "guided", tmp_path / "run", data="digits", updates=2, save_every=1)
+    rows = lines_of(tmp_path / "run/scores.jsonl")
+    assert all("fd" not in row and "not finite" in row["alarms"][-1] for row in rows) and len(rows) == 2
+    assert not (tmp_path / "run/best").exists()
+    train(models / "guided", tmp_path / "run", data="digits", updates=3, save_every=1, resume=True)
+    assert lines_of(tmp_path / "run/scores.jsonl")[-1]["fd"] > 0
