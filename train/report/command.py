@@ -23,8 +23,8 @@ class Options:
     overwrite: bool = False
     """Replace the page if it is there already."""
     watch: float | None = None
-    """Write the page again every so many seconds until all runs are finished, and have it load itself again. More
-    seldom where a page takes more than 1 % of that time."""
+    """Write the page again every so many seconds, until Ctrl-C, and have it load itself again; more seldom where a page
+    takes more than 1 % of that time."""
 
 
 def main(options: Options) -> None:
@@ -32,33 +32,29 @@ def main(options: Options) -> None:
     if not options.runs:
         raise UserError("no run is named: fastdiff report runs/demo")
     checks.positive(options, "watch")
-    shown = page.content(options.runs, options.out)  # before anything is made for it
+    shown = page.content(options.runs, options.out, reload=options.watch)
     checks.output(options.out, options.overwrite, file=True)
     for note in shown["notes"]:
         files.warn(note)
+    files.replace(options.out, page.render(shown))
+    counts = f"{len(shown['comparisons'])} comparisons and {len(shown['runs'])} runs"
+    print(f"{options.out}: {counts}, {options.out.stat().st_size / 1e6:.1f} MB", flush=True)
     if options.watch is not None:
         watch(options)
-    page.write(options.out, options.runs)
-    size = options.out.stat().st_size
-    counts = f"{len(shown['comparisons'])} comparisons and {len(shown['runs'])} runs"
-    print(f"{options.out}: {counts}, {size / 1e6:.1f} MB")
 
 
 def watch(options: Options) -> None:
-    """Write the page again and again, until all runs are finished or Ctrl-C."""
+    """Write the page again and again, until Ctrl-C."""
     pause = options.watch
     try:
         while True:
-            start = time.perf_counter()
-            shown = page.write(options.out, options.runs, reload=pause)
-            pause = max(options.watch, (time.perf_counter() - start) * (1 / SHARE - 1))
-            if all(run["state"] == "finished" for run in shown["runs"]):
-                return
-            print(f"{options.out}: written {shown['written']}, again in {pause:.0f} s", flush=True)
             time.sleep(pause)
-    except KeyboardInterrupt:
+            start = time.perf_counter()
+            shown = page.content(options.runs, options.out, reload=pause)
+            files.replace(options.out, page.render(shown))
+            pause = max(options.watch, (1 / SHARE - 1) * (time.perf_counter() - start))
+    finally:
         page.write(options.out, options.runs)  # which no longer waits for another
-        raise
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fastdiff import plot
 from fastdiff.cli import number
 from fastdiff.errors import UserError
 from fastdiff.run import Run
-from fastdiff.status import describe, status
+from fastdiff.status import Status, describe, status
 from train.report import pictures, tables
 
 RESULTS = "results.json"
@@ -148,7 +148,7 @@ def run(run: Run, film_bytes: int) -> dict:
         "state": found.state,
         "share": found.share,
         "status": describe(found),
-        "about": _about(config),
+        "about": _about(config, found),
         "curves": [panel for panel in curves if any(line["points"] for line in panel["lines"])],
         "merged": max(1, -(-len(rows) // MOST_POINTS)),
         "scores": plain([{"update": row["update"], "run": row["run"], **_flat(row)} for row in scores]),
@@ -160,9 +160,9 @@ def run(run: Run, film_bytes: int) -> dict:
     }
 
 
-def _about(config: dict) -> dict[str, str]:
+def _about(config: dict, found: Status) -> dict[str, str]:
     """What a run was made with and on."""
-    about = {"device": config.get("device"), "precision": config.get("precision")}
+    about = {"command": found.command, "device": config.get("device"), "precision": config.get("precision")}
     about |= {"seed": config["options"].get("seed"), "data": config["options"].get("data")}
     about |= {"revision": config.get("git_revision")}
     about |= {f"version of {name}": version for name, version in (config.get("versions") or {}).items()}

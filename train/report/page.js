@@ -8,15 +8,17 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const fill = (node, attributes, children) => {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+    else if (!missing(value)) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(2).filter((child) => !missing(child)));
   return node;
 };
 const el = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const short = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))) : value ?? "");
+const tick = (value) => (value && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) ? value.toExponential() : short(value));
+const missing = (value) => value === null || value === undefined;
 const fixed = (value) => (typeof value === "number" ? value.toFixed(2) : "");
 const plural = (count, word) => `${short(count)} ${word}${count === 1 ? "" : "s"}`;
 const unique = (values) => [...new Set(values)];
@@ -67,8 +69,9 @@ function table(caption, columns, rows) {
     if (by) {
       sorted.sort((a, b) => {
         const [x, y] = [by.value(a), by.value(b)];
-        if (x === null || x === undefined || y === null || y === undefined) return (x ?? null) === (y ?? null) ? 0 : x ?? null === null ? (x === null || x === undefined ? 1 : -1) : -1;
-        return (up ? 1 : -1) * (typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y)));
+        if (missing(x) || missing(y)) return missing(x) - missing(y); // at the end, either way
+        const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
+        return up ? order : -order;
       });
     }
     body.replaceChildren(...sorted.map((row) => el("tr", {}, columns.map(({ value, text = short }) => {
@@ -119,6 +122,8 @@ function ticks(low, high, log) {
 
 /** A plot whose `draw` takes {title, x, y, xkind, ykind, lines: [{name, color, points: [{x, y, text}]}], marks, level}.
  *  The nearest value is told under the pointer, and for each arrow key. */
+const hint = () => el("p", { class: "note" }, "Point at a plot, or walk through it with the arrow keys, for its values.");
+
 function plot(legend) {
   const heading = el("h4"), readout = el("p", { class: "readout", "aria-live": "polite" }), keys = el("ul", { class: "legend" });
   const canvas = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: 0, role: "img" });
@@ -148,7 +153,7 @@ function plot(legend) {
     heading.textContent = title;
     const points = lines.flatMap((line) => line.points).filter((point) => point.y !== null);
     canvas.setAttribute("aria-label", `${title}: ${y} against ${x}, ${plural(points.length, "point")}; arrow keys tell their values`);
-    readout.textContent = points.length ? "Point at the plot, or use the arrow keys, for values." : "Nothing to draw here.";
+    readout.textContent = points.length ? "" : "Nothing to draw here.";
     at = -1;
     spots = [];
     if (!points.length) return canvas.replaceChildren();
@@ -157,14 +162,14 @@ function plot(legend) {
     const parts = [];
     for (const value of across.ticks) {
       parts.push(svg("line", { class: "grid", x1: across.at(value), x2: across.at(value), y1: TOP, y2: HEIGHT - BOTTOM }));
-      parts.push(svg("text", { x: across.at(value), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, short(value)));
+      parts.push(svg("text", { x: across.at(value), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, tick(value)));
     }
     for (const value of upward.ticks) {
       parts.push(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: upward.at(value), y2: upward.at(value) }));
-      parts.push(svg("text", { x: LEFT - 6, y: upward.at(value) + 4, "text-anchor": "end" }, short(value)));
+      parts.push(svg("text", { x: LEFT - 6, y: upward.at(value) + 4, "text-anchor": "end" }, tick(value)));
     }
     parts.push(svg("text", { class: "name", x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, x));
-    parts.push(svg("text", { class: "name", x: -(TOP + HEIGHT - BOTTOM) / 2, y: 11, "text-anchor": "middle", transform: "rotate(-90)" }, y));
+    if (y !== title) parts.push(svg("text", { class: "name", x: -(TOP + HEIGHT - BOTTOM) / 2, y: 11, "text-anchor": "middle", transform: "rotate(-90)" }, y));
     if (level) {
       parts.push(svg("line", { class: "level", x1: LEFT, x2: WIDTH - RIGHT, y1: upward.at(level.y), y2: upward.at(level.y) }, svg("title", {}, level.text)));
     }
@@ -219,10 +224,10 @@ function comparison(one, number) {
   return el("section", { id: `comparison-${number}` },
     el("h2", {}, one.name),
     headline,
-    el("div", { class: "controls" }, w.node),
+    el("div", { class: "controls strength" }, w.node),
     el("div", { class: "sides" }, sides.map((it) => it.node)),
     plots.length ? el("ul", { class: "legend" }, models.map((name) => legendItem({ name, color: colors[name] }))) : null,
-    el("div", { class: "plots" }, plots.map((it) => it.node)),
+    plots.length ? [el("div", { class: "plots" }, plots.map((it) => it.node)), hint()] : null,
     el("h3", {}, "What the numbers are"),
     el("ul", { class: "labels" }, one.labels.map((text) => el("li", {}, text))),
     one.made_by ? el("p", {}, "Made by ", el("code", {}, one.made_by)) : null,
@@ -251,10 +256,12 @@ function comparison(one, number) {
     method.input.value = chosen[letter].model;
     steps.set(stepsOf(chosen[letter].model), chosen[letter].steps);
     const large = el("img", { class: "large" }), small = el("img", { class: "small" }), caption = el("figcaption"), values = el("p", { class: "values" });
-    const missing = el("p", { class: "missing" });
-    const frame = el("figure", {}, el("div", { class: "frame" }, large), missing, caption, el("div", { class: "true" }, small, el("span", {}, "true size")));
+    const lacking = el("p", { class: "missing" });
+    const cells = { "--columns": one.pictures?.class_names.length, "--rows": one.pictures?.noises };
+    const frame = el("figure", {}, el("div", { class: "frame" }, large), lacking, caption, el("div", { class: "true" }, small, el("span", {}, "true size")));
     const node = el("section", { class: `side ${letter}`, "aria-label": `side ${letter}` },
       el("div", { class: "controls" }, el("span", { class: `badge ${letter}`, "aria-hidden": "true" }, letter), method.node, steps.node), values, frame);
+    for (const [name, value] of Object.entries(cells)) frame.style.setProperty(name, value);
     large.addEventListener("load", () => enlarge(large));
 
     const draw = () => {
@@ -265,12 +272,12 @@ function comparison(one, number) {
       }
       frame.classList.toggle("empty", !grid);
       const known = ascending(grids.filter((g) => g.model === it.model && g.steps === it.steps).map((g) => g.guidance));
-      missing.textContent = grid ? "" : known.length
+      lacking.textContent = grid ? "" : known.length
         ? `No picture at w = ${short(chosen.w)}: this method is there for w = ${known.map(short).join(", ")}.`
         : "No pictures of this method were kept.";
       caption.textContent = grid ? `A column a class (${one.pictures.class_names.join(", ")}), a row a noise: the same in A and B.` : "";
       values.replaceChildren(...(row
-        ? [["distance", fixed(row.fd)], ["score", fixed(row.score)], ["calls", short(row.nfe)], ["images/s", short(Math.round(speed(row)))]]
+        ? [["distance", fixed(row.fd)], ["score", fixed(row.score)], [row.nfe === 1 ? "call" : "calls", short(row.nfe)], ["images/s", short(Math.round(speed(row)))]]
             .map(([name, value]) => el("span", {}, el("b", {}, value), ` ${name}`))
         : [el("span", {}, `Not scored at w = ${short(chosen.w)}.`)]));
     };
@@ -336,7 +343,7 @@ function comparison(one, number) {
 
 /** As large as there is room for, by a whole factor, so that all pixels are squares of one size. */
 function enlarge(image) {
-  const room = image.parentElement.clientWidth;
+  const room = image.closest("figure").clientWidth;
   if (!image.naturalWidth || !room) return;
   image.style.width = `${image.naturalWidth * Math.max(1, Math.floor(room / image.naturalWidth))}px`;
 }
@@ -361,18 +368,18 @@ function run(one, number) {
     el("h2", {}, one.name, " ", el("span", { class: `state ${one.state}` }, one.state)),
     el("progress", { max: 1, value: one.share, "aria-label": "done" }),
     one.alarms.length ? el("ul", { class: "alarms" }, one.alarms.map((text) => el("li", {}, text))) : null,
-    el("pre", {}, one.status),
-    one.film.length ? film(one, number) : el("p", { class: "missing" }, "No sample grids yet: they are made whenever the run saves."),
-    curves.length ? el("div", { class: "plots" }, curves) : el("p", { class: "missing" }, "Nothing was logged yet."),
+    el("div", { class: "sides" },
+      one.film.length ? film(one, number) : el("p", { class: "missing" }, "No sample grids yet: they are made whenever the run saves."),
+      el("div", {}, el("pre", {}, one.status), el("details", {}, el("summary", {}, "Command, device, seed and versions"),
+        el("dl", {}, Object.entries(one.about).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))))),
+    curves.length ? [el("div", { class: "plots" }, curves), hint()] : el("p", { class: "missing" }, "Nothing was logged yet."),
     one.merged > 1 ? el("p", { class: "note" }, `Each point of a curve is the mean of ${one.merged} logged rows.`) : null,
     one.scores.length ? table("Scores while training", columns.map((key) => ({ title: key, value: (row) => row[key] ?? null })), one.scores)
-      : el("p", { class: "note" }, "This run was not scored while it trained."),
-    el("details", {}, el("summary", {}, "Device, seed and versions"),
-      el("dl", {}, Object.entries(one.about).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]))));
+      : el("p", { class: "note" }, "This run was not scored while it trained."));
 }
 
 function film(one, number) {
-  const frames = one.film.map((_, i) => i), image = el("img", { class: "film" }), key = `film ${number}`;
+  const frames = one.film.map((_, i) => i), image = el("img", { class: "large", onload: () => enlarge(image) }), key = `film ${number}`;
   const name = (i) => `${one.film[i].run}, update ${one.film[i].update}`;
   const show = (i) => {
     image.src = src(one.film[i].png);

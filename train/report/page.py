@@ -23,19 +23,16 @@ NAME = "report.html"
 FILM_BYTES = 2_000_000  # of all pictures made while training, together
 
 
-def write(path: Path, folders: Sequence[Path], *, reload: float | None = None) -> dict:
-    """Write the page of these folders, whole at any time, and return what it shows.
+def write(path: Path, folders: Sequence[Path]) -> None:
+    """Write the page of these folders. Raises UserError where none holds anything, and where the drive refuses it."""
+    files.replace(path, render(content(folders, path)))
 
-    reload: seconds after which the page loads itself again. Raises UserError where no folder holds anything, and where
-    the drive refuses the page.
+
+def content(folders: Sequence[Path], path: Path, *, reload: float | None = None) -> dict:
+    """All that the page at `path` shows, as JSON; what is damaged is told among `notes`.
+
+    reload: seconds after which the page loads itself again. Raises UserError where no folder holds anything.
     """
-    shown = content(folders, path) | {"reload": reload}
-    files.replace(path, render(shown))
-    return shown
-
-
-def content(folders: Sequence[Path], path: Path) -> dict:
-    """All that the page at `path` shows, as JSON; what is damaged is told among `notes`. Raises UserError."""
     comparisons, runs, notes = [], [], []
     for folder in folders:
         try:
@@ -59,6 +56,7 @@ def content(folders: Sequence[Path], path: Path) -> dict:
         "command": shlex.join(["fastdiff", "report", *map(str, folders), "--out", str(path), "--overwrite"]),
         "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "version": fastdiff.__version__,
+        "reload": reload,
         "notes": notes,
         "comparisons": comparisons,
         "runs": told,

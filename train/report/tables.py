@@ -111,13 +111,11 @@ def sentence(line: dict) -> str:
     if student is None:
         return f"{at}there is no student to compare with {slow}."
     fast = f"{student['model']} with {_calls(student)}"
+    distance = f"(Fréchet distance {student['fd']:.2f})"
     if line["student"] is None:
-        return f"{at}no student is as near to the real images as {slow}; the nearest is {fast} ({student['fd']:.2f})."
+        return f"{at}no student is as near to the real images as {slow}; the nearest is {fast} {distance}."
     speed = f", {_number(line['seconds'])} times as fast" if line["seconds"] else ""
-    return (
-        f"{at}{fast} is as near to the real images (Fréchet distance {student['fd']:.2f}) as {slow}: "
-        f"{number(line['calls'])} times fewer calls{speed}."
-    )
+    return f"{at}{fast} is as near to the real images {distance} as {slow}: {line['calls']:g} times fewer calls{speed}."
 
 
 def _calls(row: dict) -> str:
