@@ -77,7 +77,7 @@ def _filled(panels: Panels) -> Panels:
 def round_starts(rows: list[dict]) -> dict[str, float]:
     """The images, in thousands, before each round."""
     starts, total = {}, 0.0
-    for row, following in zip(rows, [*rows[1:], {"run": None}], strict=True):
+    for row, following in zip(rows, [*rows[1:], {"run": None}], strict=False):
         starts.setdefault(row["run"], total)
         if following["run"] != row["run"]:
             total += row["images"] / 1000

@@ -114,7 +114,8 @@ def _labels(results: dict, left_out: int, drawn: dict | None) -> Iterator[str]:
         scored = {row["guidance"] for row in rows}
         only_seen = sorted({grid["guidance"] for grid in drawn["grids"]} - scored) if drawn else []
         if only_seen:
-            yield f"Drawn, but not scored: w = {', '.join(map(number, only_seen))}. The plots show the nearest scored w."
+            drawn_at = ", ".join(map(number, only_seen))
+            yield f"Drawn, but not scored: w = {drawn_at}. The plots show the nearest scored w."
     else:
         yield "Nothing has been scored."
     if drawn is None:
@@ -149,7 +150,7 @@ def run(run: Run, film_bytes: int) -> dict:
         "share": found.share,
         "status": describe(found),
         "about": _about(config, found),
-        "curves": [panel for panel in curves if any(line["points"] for line in panel["lines"])],
+        "curves": [panel for panel in curves if any(y is not None for line in panel["lines"] for _, y in line["points"])],
         "merged": max(1, -(-len(rows) // MOST_POINTS)),
         "scores": plain([{"update": row["update"], "run": row["run"], **_flat(row)} for row in scores]),
         "alarms": [

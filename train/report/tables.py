@@ -78,7 +78,8 @@ def headline(results: dict) -> list[dict]:
     """For each w, the guided teacher (DDIM, most steps) and the student with the fewest steps that is about as good.
 
     student: the row of a deterministic, stochastic or SiD student whose FD is at most WITHIN × the teacher's, or None.
-    nearest: the row of the student with the least FD, or None where there is no student. calls, seconds: the teacher's over the student's, or None.
+    nearest: the row of the student with the least FD, or None where there is no student. calls, seconds: the teacher's
+    over the student's, or None.
     """
     rows = results["rows"]
     teachers = [row for row in rows if row["model"] in _called("teacher")]
