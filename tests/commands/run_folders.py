@@ -117,7 +117,7 @@ def make_comparison(out: Path, *, strengths=(0.0, 1.0, 4.0), pictured=(0.0, 0.5,
     rows = [
         {"model": one.name, "sampler": one.sampler, "steps": one.steps, "letter": one.letter, "guidance": w}
         | {"nfe": one.steps * (2.0 if one.key == "teacher" and w else 1.0), "num": 100, "seed": 0}
-        | {"fd": fd.get((one.key, one.steps), 6.0) + w, "score": 5 + w / 10, "images_per_second": 10.0}
+        | {"fd": fd.get((one.key, one.steps), 6.0) + w, "score": 5 + w / (2 + one.steps), "images_per_second": 10.0}
         for one in methods
         for w in strengths
     ]

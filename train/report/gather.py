@@ -150,7 +150,9 @@ def run(run: Run, film_bytes: int) -> dict:
         "share": found.share,
         "status": describe(found),
         "about": _about(config, found),
-        "curves": [panel for panel in curves if any(y is not None for line in panel["lines"] for _, y in line["points"])],
+        "curves": [
+            panel for panel in curves if any(y is not None for line in panel["lines"] for _, y in line["points"])
+        ],
         "merged": max(1, -(-len(rows) // MOST_POINTS)),
         "scores": plain([{"update": row["update"], "run": row["run"], **_flat(row)} for row in scores]),
         "alarms": [

@@ -120,7 +120,8 @@ function ticks(low, high, log) {
   return inside(Array.from({ length: 12 }, (_, i) => Number(((Math.ceil(low / step) + i) * step).toPrecision(12))));
 }
 
-/** A plot whose `draw` takes {title, x, y, xkind, ykind, lines: [{name, color, points: [{x, y, text}]}], marks, level}.
+/** A plot whose `draw` takes {title, x, y, xkind, ykind, lines: [{name, color, points: [{x, y, text}]}], marks, level,
+ *  room}; room: other points [{x, y}] that the axes have room for, so that they stay while lines move.
  *  The nearest value is told under the pointer, and for each arrow key. */
 const hint = () => el("p", { class: "note" }, "Point at a plot, or walk through it with the arrow keys, for its values.");
 
@@ -149,7 +150,7 @@ function plot(legend) {
     if (step) { event.preventDefault(); show(at + step); }
   });
 
-  const draw = ({ title, x, y, xkind = "linear", ykind = "linear", lines, marks = [], level = null }) => {
+  const draw = ({ title, x, y, xkind = "linear", ykind = "linear", lines, marks = [], level = null, room = [] }) => {
     heading.textContent = title;
     const points = lines.flatMap((line) => line.points).filter((point) => point.y !== null);
     canvas.setAttribute("aria-label", `${title}: ${y} against ${x}, ${plural(points.length, "point")}; arrow keys tell their values`);
@@ -157,8 +158,9 @@ function plot(legend) {
     at = -1;
     spots = [];
     if (!points.length) return canvas.replaceChildren();
-    const across = axis(points.map((point) => point.x), xkind, LEFT, WIDTH - RIGHT);
-    const upward = axis([...points.map((point) => point.y), ...(level ? [level.y] : [])], ykind, HEIGHT - BOTTOM, TOP);
+    const all = [...points, ...room];
+    const across = axis(all.map((point) => point.x), xkind, LEFT, WIDTH - RIGHT);
+    const upward = axis([...all.map((point) => point.y), ...(level ? [level.y] : [])], ykind, HEIGHT - BOTTOM, TOP);
     const parts = [];
     for (const value of across.ticks) {
       parts.push(svg("line", { class: "grid", x1: across.at(value), x2: across.at(value), y1: TOP, y2: HEIGHT - BOTTOM }));
@@ -305,6 +307,7 @@ function comparison(one, number) {
           .map((row) => ({ x: row.nfe, y: row[key], text: tell(row) })),
       })),
       marks: marked.map(({ side, row }) => ({ side, x: row.nfe, y: row[key] })),
+      room: one.rows.map((row) => ({ x: row.nfe, y: row[key] })),
     });
     const floor = one.reference.half_against_half_fd, real = one.reference.score;
     plots[0].draw(against("fd", "Distance (less is better)", "Fréchet distance", "log", floor ? { y: floor, text: `one half of the real images against the other: ${fixed(floor)}` } : null));
