@@ -341,10 +341,16 @@ def test_the_page_may_run_its_own_script_and_fetch_nothing(made, tmp_path):
 def test_files_beside_the_code_are_part_of_the_package():
     root = Path(__file__).parents[2]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    for name in settings["packages"]:
-        others = {path.name for path in (root / name.replace(".", "/")).iterdir() if path.is_file()}
-        others = {one for one in others if not one.endswith((".py", ".pyc"))}
-        assert others == set(settings["package-data"].get(name, [])), name
+    packaged = {root / name.replace(".", "/") for name in settings["packages"]}
+    data = {
+        path
+        for name, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (root / name.replace(".", "/")).glob(pattern)
+    }
+    found = {path for folder in ("kernels", "fastdiff", "train") for path in (root / folder).rglob("*")}
+    for path in (path for path in found if path.is_file() and "__pycache__" not in path.parts):
+        assert path in data or (path.suffix == ".py" and path.parent in packaged), path
 
 
 def test_sentences_count_calls():

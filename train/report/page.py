@@ -20,6 +20,7 @@ from fastdiff.run import runs_in
 from train.report import gather
 
 NAME = "report.html"
+SCRIPTS = ("widgets.js", "comparison.js", "page.js")
 FILM_BYTES = 2_000_000  # of all pictures made while training, together
 
 
@@ -65,8 +66,8 @@ def content(folders: Sequence[Path], path: Path, *, reload: float | None = None)
 
 def render(shown: dict) -> str:
     """The page's HTML: script, style and data inside; nothing but its own script may run, and nothing be fetched."""
-    here = resources.files(__package__)
-    script = here.joinpath("page.js").read_text(encoding="utf-8")
+    here = resources.files(__package__).joinpath("web")
+    script = "\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "title": html.escape(shown["title"]),
