@@ -58,11 +58,11 @@ def curves(runs: tuple[Path, ...]) -> list[Panels]:
         rows, scores = folder.metrics.rows(), folder.scores.rows()
         if not rows:
             raise UserError(f"{run} has logged nothing yet: leave it out, or wait for its first --log-every updates")
-        start = _starts(rows)
+        start = round_starts(rows)
         for key, title in CURVES.items():
-            whole[title][str(run)] = _points(scores if key == "fd" else rows, start, lambda row, key=key: row[key])
+            whole[title][str(run)] = points_of(scores if key == "fd" else rows, start, lambda row, key=key: row[key])
         for n, title in enumerate(quarters):
-            quarters[title][str(run)] = _points(rows, start, lambda row, n=n: row["loss_quarters"][n])
+            quarters[title][str(run)] = points_of(rows, start, lambda row, n=n: row["loss_quarters"][n])
     return [row for row in (_filled(whole), _filled(quarters)) if row]
 
 
@@ -74,17 +74,17 @@ def _filled(panels: Panels) -> Panels:
     return {title: lines for title, lines in panels.items() if lines}
 
 
-def _starts(rows: list[dict]) -> dict[str, float]:
+def round_starts(rows: list[dict]) -> dict[str, float]:
     """The images, in thousands, before each round."""
     starts, total = {}, 0.0
-    for row, following in zip(rows, [*rows[1:], {"run": None}], strict=True):
+    for row, following in zip(rows, [*rows[1:], {"run": None}], strict=False):
         starts.setdefault(row["run"], total)
         if following["run"] != row["run"]:
             total += row["images"] / 1000
     return starts
 
 
-def _points(rows: list[dict], start: dict[str, float], value: Callable[[dict], float]) -> Points:
+def points_of(rows: list[dict], start: dict[str, float], value: Callable[[dict], float]) -> Points:
     """(thousands of images, value) of the rows that have one, and NaN between rounds."""
     points, run = [], None
     for row in rows:

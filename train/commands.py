@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("fastdiff.evaluate", "score a checkpoint: Fréchet distance, score, images per second"),
     "status": ("fastdiff.status", "where runs are, and the command that continues them"),
     "plot": ("fastdiff.plot", "the curves of runs in one picture"),
+    "report": ("train.report.command", "one page of runs and comparisons, to play with"),
 }
 
 

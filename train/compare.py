@@ -21,8 +21,8 @@ from fastdiff.precision import Precision
 from fastdiff.translate import Pair, rmse
 from train import encoder, sid, stage1, stage2, teacher, two_student
 from train.options import LoopOptions
-from train.report import timing
-from train.report.methods import NAMES, Method, MethodName, find, panels
+from train.report import page, pictures, timing
+from train.report.methods import NAMES, Method, MethodName, find
 from train.report.tables import SLOW_STEPS, report
 
 STUDENT_STEPS = (16, 8, 4, 2, 1)
@@ -82,7 +82,8 @@ def compare(options: Options) -> None:
     save_report(options, results)
     results["timing"] = time_all(options, results["rows"])
     save_report(options, results)
-    print(f"done: {options.out / 'report.md'}")
+    page.write(options.out / page.NAME, [options.out])
+    print(f"done: {options.out / 'report.md'}, and to look at: {options.out / page.NAME}")
 
 
 def check(options: Options) -> None:
@@ -277,16 +278,18 @@ def draw(results: dict, options: Options, reference: Reference) -> None:
         rows = [Row(**{key: value for key, value in row.items() if key != "letter"}) for row in results["rows"]]
         figures.plot_methods(rows, reference.floor, options.out / "quality-vs-steps.png")
         figures.plot_trade_off(rows, options.out / "trade-off.png")
+    drawn = pictures.draw(methods(options), options, options.out, reference.dataset.class_names)
+    earlier = results.get("pictures", {}).get("grids", {})  # of methods that this run was not asked for
+    results["pictures"] = drawn | {"grids": earlier | drawn["grids"]}
     wanted = [("teacher", max(options.teacher_steps))]
     wanted += [(key, steps) for key in ("deterministic", "stochastic") for steps in (8, 4, 1)]
     wanted.append(("sid", 1))
     asked = {(method.key, method.steps): method for method in methods(options)}
     shown = [asked[key] for key in wanted if key in asked]
     for w in options.guidance if shown else ():
-        drawn = panels(
-            shown, w, options, reference.dataset.num_classes, title=lambda one: f"{one.name}, {one.steps}", columns=5
-        )
-        figures.save_panels(drawn, options.out / f"samples-w{number(w)}.png", columns=5)
+        titles = {f"{one.name}, {one.steps}": one for one in shown}
+        panels = pictures.panels(titles, w, options.out, drawn)
+        figures.save_panels(panels, options.out / f"samples-w{number(w)}.png", columns=pictures.NOISES)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ from train import rounds, sid, stage1, stage2, teacher
 from train.batches import ImageBatches
 from train.iteration import WARM_UP, Iteration
 from train.options import LoopOptions
-from train.report import timing
-from train.report.methods import Method, panels
-from train.report.tables import demo_report, with_steps
+from train.report import page, pictures, timing
+from train.report.methods import DEMO_NAMES, Method
+from train.report.tables import demo_command, demo_report, with_steps
 from train.updater import Loss, Updater
 
 GUIDANCE = (0.0, 1.0, 4.0)
+PICTURED = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 TEACHER_STEPS = (64, 8, 4, 2, 1)
 STUDENT_STEPS = (8, 4, 2, 1)
 SHARES = {"teacher": 0.22, "stage1": 0.18, "stage2": 0.38, "sid": 0.22}  # of the time for training
@@ -89,12 +90,14 @@ def demonstrate(options: Options, clock: Clock) -> None:
         model = method.load(options)
         rows += [method.score(model, w, options, reference) for w in GUIDANCE]
     times = time_all(options)
-    samples(options, options.out / "samples.png", reference.dataset.num_classes)
+    drawn = samples(options, options.out / "samples.png", reference.dataset.class_names)
     figures.plot_quality(rows, reference.floor, options.out / "quality-vs-calls.png")
     results = {
+        "command": demo_command(options),
         "reference": reference.describe(),
         "rows": [asdict(row) for row in rows],
         "timing": times,
+        "pictures": drawn,
         "training": _training(options.out),
         "seconds_of_this_run": round(clock.elapsed()),
         "torch": torch.__version__,
@@ -106,7 +109,8 @@ def demonstrate(options: Options, clock: Clock) -> None:
     files.replace(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     files.replace(options.out / "report.md", demo_report(results, options, GUIDANCE))
     print(table(rows, reference.describe()))
-    print(f"[{clock}] done: {options.out / 'report.md'}")
+    page.write(options.out / page.NAME, [options.out])
+    print(f"[{clock}] done: {options.out / 'report.md'}, and to play with: {options.out / page.NAME}")
 
 
 class Clock:
@@ -128,12 +132,13 @@ class Clock:
 def methods(options: Options) -> list[Method]:
     """The lines of the tables: the guided teacher with DDIM, its students, and SiD's generator."""
     at = options.out
-    teachers = [Method("teacher", "teacher, DDIM", "D", at / "teacher", "ddim", n, GUIDANCE) for n in TEACHER_STEPS]
-    students = [
-        Method("deterministic", "student", "D", at / "stage2" / rounds.round_name(n), "ddim", n, GUIDANCE)
-        for n in STUDENT_STEPS
-    ]
-    return [*teachers, *students, Method("sid", "SiD", "D", at / "sid", "one_step", 1, GUIDANCE)]
+
+    def line(key: str, checkpoint: Path, steps: int, sampler: str = "ddim") -> Method:
+        return Method(key, DEMO_NAMES[key], "D", checkpoint, sampler, steps, GUIDANCE)
+
+    teachers = [line("teacher", at / "teacher", n) for n in TEACHER_STEPS]
+    students = [line("deterministic", at / "stage2" / rounds.round_name(n), n) for n in STUDENT_STEPS]
+    return [*teachers, *students, line("sid", at / "sid", 1, "one_step")]
 
 
 def train_all(options: Options, spec: str, clock: Clock) -> None:
@@ -203,11 +208,13 @@ def time_all(options: Options) -> dict:
     }
 
 
-def samples(options: Options, path: Path, classes: int) -> None:
-    """Teacher and students side by side, at w = 1."""
+def samples(options: Options, path: Path, class_names: tuple[str, ...]) -> dict:
+    """Pictures of all lines at every w in PICTURED, and some side by side, at w = 1; returns what was drawn."""
+    drawn = pictures.draw(methods(options), options, options.out, class_names, strengths=PICTURED, again=True)
     shown = [one for one in methods(options) if one.key != "teacher" or one.steps in (64, 4, 1)]
-    title = lambda one: with_steps(one.key if one.key == "teacher" else one.name, one.steps)  # noqa: E731
-    figures.save_panels(panels(shown, 1.0, options, classes, title=title, columns=5), path, columns=5)
+    titles = {with_steps(one.key if one.key == "teacher" else one.name, one.steps): one for one in shown}
+    figures.save_panels(pictures.panels(titles, 1.0, options.out, drawn), path, columns=pictures.NOISES)
+    return drawn
 
 
 def _options(recipe, options: Options, name: str, **fields) -> LoopOptions:
@@ -237,7 +244,7 @@ def _update_seconds(iterate: Iteration, trials: int = 8) -> float:
 
 
 def _evaluation_seconds(model: Denoiser, options: Options) -> float:
-    """What scoring and timing will take, from the time of one network call."""
+    """What scores, pictures and timing will take, from the time of one network call."""
     batch = 256
     times = []
     for _ in range(4):
@@ -245,8 +252,12 @@ def _evaluation_seconds(model: Denoiser, options: Options) -> float:
         for images in generate(model, batch, Sampling(steps=1, batch_size=batch, precision=options.precision)):
             images.cpu()
         times.append(time.perf_counter() - start)
-    calls = sum(2 if w else 1 for w in GUIDANCE) * sum(TEACHER_STEPS) + len(GUIDANCE) * (sum(STUDENT_STEPS) + 1)
-    rows = calls * options.num + 2 * TIMED_STEPS * timing.BATCH
+
+    def calls(strengths: tuple[float, ...]) -> int:
+        return sum((2 if w else 1) * sum(TEACHER_STEPS) + sum(STUDENT_STEPS) + 1 for w in strengths)
+
+    shown = pictures.NOISES * len(pictures.shown_classes(model.num_classes))
+    rows = calls(GUIDANCE) * options.num + calls(PICTURED) * shown + 2 * TIMED_STEPS * timing.BATCH
     return 1.1 * rows * statistics.median(times[1:]) / batch
 
 

@@ -79,7 +79,7 @@ def test_a_process_ends_with_one_sentence(processes, name):
 def test_help(run, name):
     result = run(name, "--help")
     assert result.code == 0 and not result.err
-    assert ("--device" in result.out or name in ("status", "plot", "import")) and "usage" in result.out
+    assert ("--device" in result.out or name in ("status", "plot", "report", "import")) and "usage" in result.out
     through = run("fastdiff", name, "--help")
     assert (through.code, through.out) == (0, result.out)
 

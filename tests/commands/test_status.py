@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from common import TINY
 from PIL import Image
+from run_folders import NOW, age, begin, log, make_stage2, make_teacher, save
 
 import fastdiff.status
 from fastdiff import checkpoint, cli, distributed, figures, plot
@@ -21,10 +22,8 @@ from fastdiff.errors import UserError
 from fastdiff.run import Log, Run
 from fastdiff.status import duration
 from fastdiff.unet import PRESETS as UNETS
-from train import begin as recipes
 from train import commands, encoder, loop, sid, stage1, stage2, teacher, two_student
 
-NOW = 2_000_000_000.0
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 
@@ -38,49 +37,6 @@ def describe(found: dict) -> str:
 
 def read_log(path: Path) -> list[dict]:
     return Log(path).rows()
-
-
-def begin(options, recipe: str | None, *, old: bool = False) -> Path:
-    """A run's folder as it is before the first update; old: of a version that wrote down neither plan nor command."""
-    options.out.mkdir(parents=True)
-    if old or recipe is None or not recipe.startswith("train."):
-        config = {"options": options.plain(), "data_fingerprint": "0"} | ({"recipe": recipe} if recipe else {})
-    else:
-        config = recipes.describe(sys.modules[recipe].RECIPE, options, None)
-    (options.out / "config.json").write_text(json.dumps(config))
-    return options.out
-
-
-def log(run: Path, name: str, *updates: int, batch_size: int = 64, **values) -> None:
-    with open(run / "metrics.jsonl", "a") as file:
-        for n in updates:
-            row = {"run": name, "update": n, "images": n * batch_size, "loss": 1 / n, "grad_norm": 0.5, "lr": 1e-3}
-            row |= {"loss_quarters": [4 / n, 3 / n, 2 / n, 1 / n], "images_per_second": 32.0, "time": NOW} | values
-            file.write(json.dumps(row) + "\n")
-
-
-def save(run: Path, name: str, update: int, kind: str = "teacher") -> Path:
-    state = {"run": name, "update": update}
-    denoiser = Denoiser(DenoiserConfig(TINY, kind=kind))
-    return checkpoint.save(run / f"checkpoint-{update:07d}", denoiser, state=state, state_tensors={})
-
-
-def age(run: Path, seconds: float) -> None:
-    """All was last written so long before NOW."""
-    for path in run.rglob("*"):
-        os.utime(path, (NOW - seconds, NOW - seconds))
-
-
-def make_teacher(tmp_path, **changes) -> Path:
-    return begin(teacher.Options(**({"out": tmp_path / "teacher", "device": "cpu"} | changes)), "train.teacher")
-
-
-def make_stage2(tmp_path) -> Path:
-    """Rounds of 8, 4, 2, 1 steps with 100, 100, 300, 300 updates."""
-    options = stage2.Options(
-        teacher=Path("runs/stage1"), out=tmp_path / "stage2", start_steps=16, updates=100, last_updates=300
-    )
-    return begin(options, "train.stage2")
 
 
 # --- where it is ---
@@ -398,7 +354,7 @@ def test_runs_in_a_folder_are_found_and_what_is_none_stops_nothing(tmp_path, mon
     assert call(monkeypatch, capsys, "status", tmp_path / "runs")[1].count("\n\n") == 0  # one below, no deeper
 
 
-@pytest.mark.parametrize("command", ["status", "plot"])
+@pytest.mark.parametrize("command", ["status", "plot", "report"])
 @pytest.mark.parametrize("content", [None, "", "[]", '{"options": 3}', '{"options": {"updates": "many"}}'])
 def test_what_is_no_run_is_named(tmp_path, monkeypatch, capsys, command, content):
     (tmp_path / "mine").mkdir()
@@ -408,7 +364,7 @@ def test_what_is_no_run_is_named(tmp_path, monkeypatch, capsys, command, content
     assert code == 2 and err.startswith(f"error: {tmp_path / 'mine'}") and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["status", "plot"])
+@pytest.mark.parametrize("command", ["status", "plot", "report"])
 def test_no_run_at_all(monkeypatch, capsys, command):
     code, _, err = call(monkeypatch, capsys, command)
     assert code == 2 and "no run is named" in err

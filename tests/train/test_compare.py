@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import command_lines
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -26,7 +27,7 @@ from fastdiff.schedule import CosineSchedule
 from fastdiff.translate import Pair
 from train import compare, loop, stage2, teacher
 from train.report import methods as lines
-from train.report import tables, timing
+from train.report import pictures, tables, timing
 from train.updater import Updater
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -37,6 +38,7 @@ EVERYWHERE = [("stage 1 and 2", "D"), ("stage 1 and 2, stochastic", "S"), ("stag
 AT_ONE = [("fixed w = 1", "D"), ("two students, w = 1", "D")]
 TEACHER = [("guided teacher, DDIM", "D"), ("guided teacher, ancestral", "S")]
 RUNS = ["teacher", "stage1", "stage2", "stochastic", "fixed-w1-stage1", "fixed-w1", "two-student-w1", "sid", "encoder"]
+DIGITS = SimpleNamespace(dataset=SimpleNamespace(class_names=tuple("0123456789")), floor=0.1)
 PAIRS = ["distilled encoder and decoder"] + [
     f"{model}, DDIM, {calls} the calls".replace("as many the", "as many")
     for model in ("stage 1", "guided teacher")
@@ -159,7 +161,7 @@ def test_every_model_was_distilled_from_the_same_teacher(made):
     def option(name, key):
         return json.loads((made.out / name / "config.json").read_text())["options"].get(key)
 
-    assert {path.name for path in made.out.iterdir() if path.is_dir()} == set(RUNS)
+    assert {path.name for path in made.out.iterdir() if path.is_dir()} == {*RUNS, "pictures"}
     of = {name: Path(option(name, "teacher")).name for name in RUNS if name != "teacher"}
     assert of == {
         "stage1": "teacher",
@@ -292,11 +294,7 @@ def test_panels_show_what_their_titles_say(made, monkeypatch):
     """The same noise and classes in each, at the strength of the picture's name."""
     saved = {}
     monkeypatch.setattr(figures, "save_panels", lambda panels, path, **_: saved.update({path.name: dict(panels)}))
-    compare.draw(
-        {"rows": []},
-        replace(made, methods=("teacher", "stochastic")),
-        SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1),
-    )
+    compare.draw({"rows": []}, replace(made, methods=("teacher", "stochastic")), DIGITS)
     assert set(saved) == {"samples-w0.png", "samples-w1.png"}
     label, ids = torch.arange(10).repeat_interleave(5), torch.arange(5).repeat(10)
     for name, w in (("samples-w0.png", 0.0), ("samples-w1.png", 1.0)):
@@ -307,13 +305,19 @@ def test_panels_show_what_their_titles_say(made, monkeypatch):
         ):
             model = with_guidance(checkpoint.load(made.out / folder))
             sampling = Sampling(guidance=w, steps=steps, sampler=sampler)
-            images = generate(model, label, sampling, noise_ids=ids)
-            torch.testing.assert_close(saved[name][title], torch.cat(list(images)))
-    assert (saved["samples-w0.png"][title] != saved["samples-w1.png"][title]).any()
+            images = torch.cat(list(generate(model, label, sampling, noise_ids=ids)))
+            torch.testing.assert_close(saved[name][title], data.to_float(data.to_uint8(images)))
+    # Networks as young as these hardly heed w.
+    monkeypatch.setattr(pictures, "load", lambda path, columns: np.full(5 * columns, path.name))
+    compare.draw({"rows": []}, replace(made, methods=("teacher", "stochastic")), DIGITS)
+    assert {*saved["samples-w0.png"][title]} == {"stochastic-4-w0.png"}
+    assert {*saved["samples-w1.png"][title]} == {"stochastic-4-w1.png"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(made, results, monkeypatch, precision):
+def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(
+    made, results, monkeypatch, tmp_path, precision
+):
     """Once, they were float32 beside scores of bfloat16."""
     seen = []
 
@@ -328,14 +332,15 @@ def test_pictures_reconstruction_and_timing_have_the_precision_of_the_scores(mad
         return real(*arguments, precision=precision, **others)
 
     monkeypatch.setattr(timing, "generate", drawn)
-    monkeypatch.setattr(lines, "generate", drawn)
+    monkeypatch.setattr(pictures, "generate", drawn)
     monkeypatch.setattr(Pair, "translate", translated)
     monkeypatch.setattr(figures, "save_panels", lambda panels, *_, **__: None)
     options = replace(made, precision=precision, methods=("teacher", "deterministic"), guidance=(1.0,))
-    compare.draw({"rows": []}, options, SimpleNamespace(dataset=SimpleNamespace(num_classes=10), floor=0.1))
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path)  # where there is none yet
+    compare.draw({"rows": []}, options, DIGITS)
     times = compare.time_all(options, results["rows"])
     errors = compare.reconstruction(options)
-    assert seen == [precision] * (4 + 6 * len(times["rows"]) + 9)  # panels; timing, with warming up; pairs
+    assert seen == [precision] * (6 + 6 * len(times["rows"]) + 9)  # pictures; timing, with warming up; pairs
     exact = [row for row in results["reconstruction"] if row["guidance"] == 1]
     assert errors == exact or precision != "fp32"
 

@@ -18,6 +18,7 @@ def made(tmp_path_factory, extractor):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(teacher.PRESETS, "digits", {"unet": TINY, "batch_size": 16})
         patch.setattr(demo, "TIMED_STEPS", 8)
+        patch.setattr(demo, "PICTURED", (0.0, 1.0))
         patch.setattr(loop, "preview", lambda *args, **kwargs: None)
         options = demo.Options(out=tmp_path_factory.mktemp("demo") / "out", minutes=0.05, num=20, device="cpu")
         demo.main(options)
@@ -57,6 +58,10 @@ def test_report_and_pictures(made):
     ):
         assert start in text
     assert all(f"\n| {name} | " in text for name in RUNS)
+    html = (made.out / "report.html").read_text()
+    assert len(html) < 5e6 and all(f'"name": "{made.out / name}"' in html for name in ("teacher", "stage2", "sid"))
+    assert len(list((made.out / "pictures").iterdir())) == 2 * 10
+    assert "train.demo --preset digits --minutes 0.05 --num 20 --seed 0 --precision" in html
     for name in ("samples.png", "quality-vs-calls.png"):
         with Image.open(made.out / name) as image:
             assert image.width > 500 and image.height > 100

@@ -1,1 +1,1 @@
-"""What a comparison of methods is made of: lines, times, tables."""
+"""What a comparison of methods is made of: lines, pictures, times, tables, and the page that shows it, and runs."""

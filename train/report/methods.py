@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff import checkpoint
 from fastdiff.denoiser import with_guidance
 from fastdiff.evaluate import Reference, evaluate
-from fastdiff.generate import Sampling, generate
+from fastdiff.generate import Sampling
 from fastdiff.metrics import Row
 
 MethodName = Literal[
@@ -28,6 +26,7 @@ NAMES = {  # of the tables' rows; those with a w of their own are scored at that
     "two-student": "two students, w = {w}",
     "sid": "SiD",
 }
+DEMO_NAMES = {"teacher": "teacher, DDIM", "deterministic": "student", "sid": "SiD"}
 
 
 class Options(Protocol):
@@ -60,18 +59,6 @@ class Method(NamedTuple):
 
     def score(self, model: nn.Module, w: float, options: Options, reference: Reference) -> Row:
         return evaluate(model, reference, self.sampling(w, options), name=self.name, num=options.num)
-
-
-def panels(
-    methods: Iterable[Method], w: float, options: Options, classes: int, *, title: Callable[[Method], str], columns: int
-) -> list[tuple[str, Tensor]]:
-    """Images of each method under its title: one row a class, one column a noise, the same in every panel."""
-    labels, ids = torch.arange(classes).repeat_interleave(columns), torch.arange(columns).repeat(classes)
-    drawn = []
-    for method in methods:
-        images = generate(method.load(options), labels, method.sampling(w, options), noise_ids=ids)
-        drawn.append((title(method), torch.cat([part.cpu() for part in images])))
-    return drawn
 
 
 def find(rows: list[dict], name: str, steps: int, w: float) -> dict | None:

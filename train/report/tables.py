@@ -9,7 +9,7 @@ from typing import Protocol
 from fastdiff import metrics
 from fastdiff.cli import number
 from fastdiff.evaluate import table
-from train.report.methods import NAMES, find
+from train.report.methods import DEMO_NAMES, NAMES, find
 
 SLOW_STEPS = 256  # lines with as many or more are timed once
 WITHIN = 1.1  # of the teacher's FD, for the headline
@@ -78,22 +78,49 @@ def headline(results: dict) -> list[dict]:
     """For each w, the guided teacher (DDIM, most steps) and the student with the fewest steps that is about as good.
 
     student: the row of a deterministic, stochastic or SiD student whose FD is at most WITHIN × the teacher's, or None.
-    calls, seconds: the teacher's over the student's, or None.
+    nearest: the row of the student with the least FD, or None where there is no student. calls, seconds: the teacher's
+    over the student's, or None.
     """
     rows = results["rows"]
-    teachers = [row for row in rows if row["model"] == NAMES["teacher"]]
-    students = [row for row in rows if row["model"] in (NAMES["deterministic"], NAMES["stochastic"], NAMES["sid"])]
+    teachers = [row for row in rows if row["model"] in _called("teacher")]
+    students = [row for row in rows if row["model"] in _called("deterministic", "stochastic", "sid")]
     most, lines = max((row["steps"] for row in teachers), default=None), []
     for best in sorted((row for row in teachers if row["steps"] == most), key=lambda row: row["guidance"]):
         w = best["guidance"]
-        good = [row for row in students if row["guidance"] == w and row["fd"] <= WITHIN * best["fd"]]
+        here = [row for row in students if row["guidance"] == w]
+        good = [row for row in here if row["fd"] <= WITHIN * best["fd"]]
         student = min(good, key=lambda row: (row["steps"], row["fd"]), default=None)
-        line = {"guidance": w, "teacher": best, "student": student, "calls": None, "seconds": None}
+        nearest = min(here, key=lambda row: row["fd"], default=None)
+        line = {"guidance": w, "teacher": best, "student": student, "nearest": nearest, "calls": None, "seconds": None}
         if student is not None:
             slow, fast = (_seconds(results, row["model"], row["steps"], w > 0) for row in (best, student))
             line |= {"calls": best["nfe"] / student["nfe"], "seconds": slow / fast if slow and fast else None}
         lines.append(line)
     return lines
+
+
+def _called(*keys: str) -> list[str]:
+    """What tables call these methods."""
+    return [names[key] for names in (NAMES, DEMO_NAMES) for key in keys if key in names]
+
+
+def sentence(line: dict) -> str:
+    """A line of `headline` in words."""
+    teacher, student = line["teacher"], line["student"] or line["nearest"]
+    at = f"At w = {number(line['guidance'])}, "
+    slow = f"the guided teacher with {_calls(teacher)} ({teacher['fd']:.2f})"
+    if student is None:
+        return f"{at}there is no student to compare with {slow}."
+    fast = f"{student['model']} with {_calls(student)}"
+    distance = f"(Fréchet distance {student['fd']:.2f})"
+    if line["student"] is None:
+        return f"{at}no student is as near to the real images as {slow}; the nearest is {fast} {distance}."
+    speed = f", {_number(line['seconds'])} times as fast" if line["seconds"] else ""
+    return f"{at}{fast} is as near to the real images {distance} as {slow}: {line['calls']:g} times fewer calls{speed}."
+
+
+def _calls(row: dict) -> str:
+    return f"{row['nfe']:g} network call{'s' * (row['nfe'] != 1)} an image"
 
 
 def _headline_table(results: dict) -> list[str]:
@@ -199,6 +226,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.{2 if value < 10 else 0}f}"
 
 
+def demo_command(options: DemoOptions) -> str:
+    return (
+        f"python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
+        f"--seed {options.seed} --precision {options.precision}"
+    )
+
+
 def demo_report(results: dict, options: DemoOptions, strengths: tuple[float, ...]) -> str:
     """report.md: the table, the figures that matter, and how to make it again."""
     rows, timing = [metrics.Row(**row) for row in results["rows"]], results["timing"]
@@ -210,8 +244,7 @@ def demo_report(results: dict, options: DemoOptions, strengths: tuple[float, ...
     lines = [
         f"# {options.preset}: a guided teacher and its few-step students",
         "",
-        f"Made by `python -m train.demo --preset {options.preset} --minutes {options.minutes:g} --num {options.num} "
-        f"--seed {options.seed} --precision {options.precision}`.",
+        f"Made by `{demo_command(options)}`.",
         "",
         table(rows, results["reference"]),
         "",
