@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastdiff import files, rotation, schedule
 from fastdiff.data import Dataset
@@ -144,10 +145,14 @@ class Denoiser(nn.Module):
 
     def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
         """The network's raw output F, in its own parameterization."""
-        self.network_rows += len(z)
+        self.network_rows += z.shape[0]  # `len` would fix it where a graph is traced
         if self.config.parameterization == "edm":
-            z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
+            z = z * self.input_scale(angle).to(z.dtype)[:, None, None, None]
         return self.network(z, self.time(angle).float(), label, guidance)
+
+    def input_scale(self, angle: Tensor) -> Tensor:
+        """What z is multiplied with before a network of [EDM]'s, (B,)."""
+        return rotation.edm_input_scale(angle)
 
     def time(self, angle: Tensor) -> Tensor:
         """What the network hears at an angle, (B,)."""
@@ -165,7 +170,7 @@ class Denoiser(nn.Module):
         if self.config.unconditional is not None:
             return self.network_output(z, angle, label, None), self.network_output(z, angle, None, None)
         both = torch.cat([label, torch.full_like(label, self.num_classes)])
-        return self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None).chunk(2)
+        return self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None).unflatten(0, (2, -1)).unbind()
 
     def conditional(self) -> Denoiser:
         """Where there are two networks, the one with classes alone, sharing its weights; else this denoiser."""
@@ -235,7 +240,8 @@ class Guided(nn.Module):
         return self.denoiser.network_rows
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Affine:
-        if guidance is None or (guidance.device.type == "cpu" and not guidance.any()):
+        looks = guidance is not None and guidance.device.type == "cpu" and not is_compiling()
+        if guidance is None or (looks and not guidance.any()):
             return self.denoiser.affine(z, angle, label)
         if not self.config.can_guide:
             raise ValueError("guidance needs an unconditional model, and this one has no null class")
