@@ -77,6 +77,11 @@ class DenoiserConfig:
         """Whether there is an unconditional model beside the class-conditional one, for `Guided`."""
         return bool(self.unet.num_classes) and (self.unet.null_class or self.unconditional is not None)
 
+    @property
+    def guides_itself(self) -> bool:
+        """Whether w is an input of the network, and guidance takes no second call."""
+        return self.guidance_range is not None and self.kind != "two_student"
+
     def to_dict(self) -> dict:
         return asdict(self) | {"schedule": self.schedule.to_dict()}
 
@@ -145,7 +150,7 @@ class Denoiser(nn.Module):
 
     def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
         """The network's raw output F, in its own parameterization."""
-        self.network_rows += z.shape[0]  # `len` would fix it where a graph is traced
+        self.network_rows += z.shape[0]  # len(z) would fix the size where a graph is traced
         if self.config.parameterization == "edm":
             z = z * self.input_scale(angle).to(z.dtype)[:, None, None, None]
         return self.network(z, self.time(angle).float(), label, guidance)
@@ -170,7 +175,8 @@ class Denoiser(nn.Module):
         if self.config.unconditional is not None:
             return self.network_output(z, angle, label, None), self.network_output(z, angle, None, None)
         both = torch.cat([label, torch.full_like(label, self.num_classes)])
-        return self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None).unflatten(0, (2, -1)).unbind()
+        output = self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None)
+        return output.unflatten(0, (2, -1)).unbind()  # a chunk would fix the size where a graph is traced
 
     def conditional(self) -> Denoiser:
         """Where there are two networks, the one with classes alone, sharing its weights; else this denoiser."""
@@ -256,8 +262,7 @@ class Guided(nn.Module):
 
 def with_guidance(denoiser: Denoiser) -> Denoiser | Guided:
     """The model to sample from: a class-conditional one without guidance inside is wrapped in `Guided`."""
-    inside = denoiser.config.guidance_range is not None and denoiser.config.kind != "two_student"
-    return denoiser if inside or not denoiser.num_classes else Guided(denoiser)
+    return denoiser if denoiser.config.guides_itself or not denoiser.num_classes else Guided(denoiser)
 
 
 def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:

@@ -2,7 +2,8 @@
 
 DDIM that limits x̂ is DPM-Solver++ of first order, whose thresholding at most 1 limits it to [−1, 1]. Its table has the
 schedule at T times, of which it visits the last of N equal parts. The network looks its time embedding up in as many
-rows, so that it hears exactly what it was trained with. What w adds to the embedding is a constant, and goes into a bias.
+rows, so that it hears exactly what it was trained with. What w adds to the embedding is a constant, and goes into a
+bias.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastdiff.imports.diffusers import BLOCKS, PREDICTS, layout
 from fastdiff.imports.model import names
 from fastdiff.unet import GroupNorm, UNet, UNetConfig, guidance_features, sinusoids
 
+LIBRARY, RUNTIME, NEEDS = "diffusers", "diffusers", ("diffusers",)
 TIMES = 1000  # at least so many in the table, whose ᾱ the scheduler multiplies up in float32
 LAST = math.pi / 2 - 1e-5  # the scheduler divides by cos φ
 PREDICTIONS = {ours: theirs for theirs, ours in PREDICTS.items()}
@@ -32,7 +34,7 @@ PREDICTIONS = {ours: theirs for theirs, ours in PREDICTS.items()}
 def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> None:
     """Raises UserError for what a pipeline of diffusers cannot be, by the field that says so."""
     unet, edm = config.unet, config.parameterization == "edm"
-    guided = bool(guidance) and not (config.guidance_range is not None and config.kind != "two_student")
+    guided = bool(guidance) and not config.guides_itself
     refused = {
         "network": (config.network != "unet", f"is {config.network!r}, which diffusers does not have"),
         "sampler": (sampler not in ("ddim", "one_step") and steps > 1, f"is {sampler!r}: its scheduler is not there"),
@@ -107,7 +109,7 @@ class _Table(NamedTuple):
 def write(generator: Generator, folder: Path) -> None:
     import diffusers
 
-    unet, table = generator.denoiser_config.unet, _table(generator)
+    unet, table = generator.config.unet, _table(generator)
     network = diffusers.UNet2DModel(**_network(unet, len(table.times)))
     network.load_state_dict(_weights(generator, table, network.config.block_out_channels[0]))
     alphas = table.angles.cos().square()
@@ -141,8 +143,19 @@ def read(generator: Generator, folder: Path) -> Run:
     return run
 
 
+def calling(generator: Generator) -> list[str]:
+    classes = generator.config.unet.num_classes
+    labels = f"class_labels=[i % {classes} for i in range(8)], " if classes else ""
+    return [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained(".")',
+        f"images = pipeline(batch_size=8, {labels}num_inference_steps={generator.steps}).images  # pictures of Pillow",
+    ]
+
+
 def _table(generator: Generator) -> _Table:
-    config, steps = generator.denoiser_config, generator.steps
+    config, steps = generator.config, generator.steps
     if steps == 1:
         return _in_one_step(generator)
     denoiser = Denoiser(config, generator.step.network)
@@ -152,14 +165,20 @@ def _table(generator: Generator) -> _Table:
 
 
 def _in_one_step(generator: Generator) -> _Table:
-    """The angle and factors with which v, or ε, gives x̂ = k_z·noise + k_f·F of any parameterization, and any start."""
-    _, cos, sin, _, _, time, scale, coef_z, coef_f = generator.numbers[0].tolist()
+    """The angle and factors with which a scheduler's x̂ is k_z·noise + k_f·F, from any start and with [EDM]'s F."""
+    angle, cos, sin, _, _, time, scale, coef_z, coef_f = generator.numbers[0].tolist()
     k_z, k_f = generator.start * (cos - sin * coef_z), -sin * coef_f
-    angle = math.acos(min(k_z, 1 / k_z)) if k_z else LAST
-    angle = min(angle, LAST)
-    prediction, x_f = ("v_prediction", -math.sin(angle)) if k_z <= 1 else ("epsilon", -math.tan(angle))
+    parameterization = generator.config.parameterization
+    if parameterization == "x":
+        prediction, x_f = "sample", 1.0
+    elif k_z <= 1:
+        angle = min(math.acos(k_z), LAST)
+        prediction, x_f = "v_prediction", -math.sin(angle)
+    else:
+        angle = min(math.acos(1 / k_z), LAST)
+        prediction, x_f = "epsilon", -math.tan(angle)
     angles = angle * torch.arange(1, TIMES + 1, dtype=torch.float64) / TIMES
-    scale_in = generator.start * (scale if generator.denoiser_config.parameterization == "edm" else 1.0)
+    scale_in = generator.start * (scale if parameterization == "edm" else 1.0)
     return _Table(angles, torch.full_like(angles, time), prediction, scale_in, k_f / x_f)
 
 
@@ -202,7 +221,7 @@ def _network(unet: UNetConfig, times: int) -> dict[str, object]:
 
 def _weights(generator: Generator, table: _Table, width: int) -> dict[str, Tensor]:
     """All tensors of the UNet2DModel. width: of its time embedding before the layers."""
-    network = Denoiser(generator.denoiser_config, generator.step.network).conditional().network
+    network = Denoiser(generator.config, generator.step.network).conditional().network
     unet = network.config
     with torch.device("meta"):
         plain = UNet(replace(unet, guidance_input=False))
@@ -220,10 +239,10 @@ def _weights(generator: Generator, table: _Table, width: int) -> dict[str, Tenso
     rows = sinusoids(table.times.float() * unet.time_scale, unet.channels, endpoint=unet.time_endpoint)
     found = {"time_proj.weight": F.pad(rows, (0, missing))}
     for name, tensor in ours.items():
-        path, _, kind = name.rpartition(".")
+        path = name.rpartition(".")[0]
         if path.endswith("attention.qkv"):
             attention = network.get_submodule(path.removesuffix(".qkv"))
-            parts = attention.packed(tensor.T.reshape(1, -1, len(tensor)))[0].T.chunk(3)
+            parts = attention.packed(tensor.movedim(0, -1)[(None,) * (3 - tensor.ndim)]).movedim(-1, 0).chunk(3)
             found |= {
                 theirs[name].replace(".qkv.", f".to_{part}."): value.reshape(-1, *tensor.shape[1:])
                 for part, value in zip("qkv", parts, strict=True)

@@ -1,4 +1,4 @@
-"""The whole sampler as one function of tensors: (noise, label, w, noises) -> images, in numbers instead of schedules."""
+"""The whole sampler as a function of tensors, (noise, label, w, noises) -> images, with numbers for its schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastdiff.generate import Sampling
 from fastdiff.samplers import SAMPLERS, SIGMA_INIT
 
 MAX_STEPS = 64  # each is a copy of the network in one graph
-TIME = 5  # the place of the network's time among a step's numbers
 SAMPLED = ("ddim", "stochastic", "ancestral", "one_step")  # by one call a step
+TIME = 5  # the place of the network's time among a step's numbers
 
 
 class _Known(Denoiser):
@@ -49,16 +49,17 @@ class Step(nn.Module):
         self.network = copy.deepcopy(denoiser.network).to(memory_format=torch.contiguous_format)
         self.config, self.clip, self.guidance = denoiser.config, clip, guidance
 
-    def forward(self, z: Tensor, numbers: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        angle, cos, sin, c_z, c_x, *known = numbers.unbind()
+    def forward(
+        self, z: Tensor, numbers: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        angle, cos, sin, c_z, c_x = (number.expand(z.shape[:1]) for number in numbers[:TIME])
         if self.guidance:
             guidance = z.new_full(z.shape[:1], self.guidance)
-        model = with_guidance(_Known(self.config, self.network, known))
-        v = model.affine(z, angle.expand(z.shape[0]), label, guidance)
+        model = with_guidance(_Known(self.config, self.network, numbers[TIME:]))
+        v = model.affine(z, angle, label, guidance)
         if self.clip is None:
-            return v.combine(z, (c_z + c_x * cos).expand(z.shape[0]), (-c_x * sin).expand(z.shape[0]))
-        limit = kernels.Clip(self.clip, c_z.expand(z.shape[0]), c_x.expand(z.shape[0]))
-        return v.combine(z, cos.expand(z.shape[0]), -sin.expand(z.shape[0]), limit)
+            return v.combine(z, c_z + c_x * cos, -c_x * sin)
+        return v.combine(z, cos, -sin, kernels.Clip(self.clip, c_z, c_x))
 
 
 class Generator(nn.Module):
@@ -71,35 +72,55 @@ class Generator(nn.Module):
 
     def __init__(self, denoiser: Denoiser, sampling: Sampling, *, guidance: float | None = None, uint8: bool = False):
         super().__init__()
-        self.denoiser_config, self.guidance, self.uint8 = denoiser.config, guidance, uint8
+        self.config, self.guidance, self.uint8 = denoiser.config, guidance, uint8
         self.sampling = sampling.settled(denoiser.config)
         if self.sampling.sampler not in SAMPLED:
             raise ValueError(f"sampler {self.sampling.sampler!r} is none of {', '.join(SAMPLED)}")
-        self.start, numbers, self.noise = _numbers(denoiser, self.sampling)
+        self.start, numbers, self.stds = _numbers(denoiser, self.sampling)
         self.step = Step(denoiser, 1.0 if self.sampling.clip else None, guidance)
         self.register_buffer("numbers", numbers)
         self.eval().requires_grad_(False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the arguments that there are."""
+        there = {
+            "noise": True,
+            "label": bool(self.config.unet.num_classes),
+            "guidance": takes_guidance(self.config) and self.guidance is None,
+            "noises": any(self.stds),
+        }
+        return tuple(name for name, is_there in there.items() if is_there)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.config.unet.image_channels, *self.config.unet.image_size
 
     @property
     def steps(self) -> int:
         return len(self.numbers)
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the arguments that there are."""
-        config = self.denoiser_config
-        there = {
-            "noise": True,
-            "label": bool(config.unet.num_classes),
-            "guidance": takes_guidance(config) and self.guidance is None,
-            "noises": any(self.noise),
+    def calls(self) -> int:
+        """Network calls an image."""
+        twice = takes_guidance(self.config) and not self.config.guides_itself and self.guidance != 0
+        return self.steps * (1 + twice)
+
+    def example(self, normal: str, labels: str, strengths: str) -> dict[str, str]:
+        """For each input, an expression for 8 images: a library's own, with places for shape, classes and w."""
+        low, high = self.config.guidance_range or (0.0, 1.0)
+        written = {
+            "noise": normal.format(shape=(8, *self.image_shape)),
+            "label": labels.format(classes=self.config.unet.num_classes),
+            "guidance": strengths.format(w=min(max(low, 1.0), high)),
+            "noises": normal.format(shape=(8, self.steps - 1, *self.image_shape)),
         }
-        return tuple(name for name, is_there in there.items() if is_there)
+        return {name: written[name] for name in self.inputs}
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        unet = self.denoiser_config.unet
-        return unet.image_channels, *unet.image_size
+    def made(self) -> str:
+        """What 8 images are, in words."""
+        return f"{(8, *self.image_shape)}, {'uint8' if self.uint8 else 'float32 in [−1, 1]'}"
 
     def forward(
         self,
@@ -112,11 +133,15 @@ class Generator(nn.Module):
         return data.to_uint8(images) if self.uint8 else images
 
     def images(
-        self, noise: Tensor, label: Tensor | None, guidance: Tensor | None, noises: Tensor | None
+        self,
+        noise: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        noises: Tensor | None = None,
     ) -> Tensor:
         """Float32 images."""
         z = noise if self.start == 1 else self.start * noise
-        for index, std in enumerate(self.noise):
+        for index, std in enumerate(self.stds):
             z = self.step(z, self.numbers[index], label, guidance)
             if std:
                 z = z + std * noises[:, index]
@@ -125,12 +150,11 @@ class Generator(nn.Module):
 
 def takes_guidance(config: DenoiserConfig) -> bool:
     """Whether w changes what a model makes: it is an input of the network, or there is an unconditional model."""
-    inside = config.guidance_range is not None and config.kind != "two_student"
-    return bool(config.unet.num_classes) and (inside or config.can_guide)
+    return bool(config.unet.num_classes) and (config.guides_itself or config.can_guide)
 
 
 def _numbers(denoiser: Denoiser, sampling: Sampling) -> tuple[float, Tensor, list[float]]:
-    """The factor on the noise at the start, the numbers of every step (steps, K) float64, and the noise added after each.
+    """The factor on the noise at the start, every step's numbers (steps, K) float64, and the noise added after each.
 
     A step's are those that `Step` takes apart: φ, its cosine and sine, the step's c_z and c_x on z and x̂, and what the
     denoiser asks of φ.

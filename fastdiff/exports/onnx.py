@@ -24,6 +24,7 @@ from fastdiff.exports.generator import Generator
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
+LIBRARY, RUNTIME, NEEDS = "onnx", "onnxruntime", ("onnx", "onnxscript")
 FILE = "model.onnx"
 LARGEST = 2**31 - 2**24  # bytes of weights in one file, which cannot be longer than 2 GiB; then they get their own
 
@@ -52,6 +53,22 @@ def read(generator: Generator, folder: Path) -> Run | None:
         return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in given.items()})[0])
 
     return run
+
+
+def calling(generator: Generator) -> list[str]:
+    normal = "random.standard_normal({shape}, dtype=np.float32)"
+    example = generator.example(normal, "np.arange(8) % {classes}", "np.full(8, {w}, dtype=np.float32)")
+    return [
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession("{FILE}")',
+        "random = np.random.default_rng(0)",
+        "given = {",
+        *(f'    "{name}": {value},' for name, value in example.items()),
+        "}",
+        f"images = session.run(None, given)[0]  # {generator.made}",
+    ]
 
 
 def _step(generator: Generator) -> ModelProto:
@@ -88,7 +105,7 @@ def unrolled(step: ModelProto, generator: Generator) -> ModelProto:
 
     graph = _Graph(step.graph)
     z = "noise" if generator.start == 1 else graph.add("Mul", "noise", graph.number(np.float32(generator.start)))
-    for index, (numbers, std) in enumerate(zip(generator.numbers, generator.noise, strict=True)):
+    for index, (numbers, std) in enumerate(zip(generator.numbers, generator.stds, strict=True)):
         z = graph.step(f"step_{index}", {"z": z, "numbers": graph.number(numbers.numpy())})
         if std:
             noise = graph.add("Gather", "noises", graph.number(np.int64(index)), axis=1)

@@ -14,6 +14,7 @@ from fastdiff.exports import compare
 from fastdiff.exports.compare import Run
 from fastdiff.exports.generator import Generator
 
+LIBRARY, RUNTIME, NEEDS = "pytorch", "torch.export", ()
 FILE = "model.pt2"
 
 
@@ -26,6 +27,18 @@ def write(generator: Generator, folder: Path) -> None:
 
 def read(generator: Generator, folder: Path) -> Run:
     return torch.export.load(folder / FILE).module()
+
+
+def calling(generator: Generator) -> list[str]:
+    example = generator.example("torch.randn({shape})", "torch.arange(8) % {classes}", "torch.full((8,), {w})")
+    return [
+        "import torch",
+        "",
+        f'generator = torch.export.load("{FILE}").module()',
+        "images = generator(",
+        *(f"    {name}={value}," for name, value in example.items()),
+        f")  # {generator.made}",
+    ]
 
 
 def traced(module: nn.Module, given: dict[str, Tensor]) -> ExportedProgram:
