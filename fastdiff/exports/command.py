@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,7 +142,8 @@ def _write(exporter: ModuleType, generator: Generator, folder: Path, path: Path)
     """Raises UserError for a network of the user's own that cannot be made a graph."""
     network = generator.config.network
     try:
-        exporter.write(generator, folder)
+        with _quiet():
+            exporter.write(generator, folder)
     except Exception as error:
         if network == "unet" or isinstance(error, (UserError, OSError)):
             raise
@@ -148,9 +154,23 @@ def _write(exporter: ModuleType, generator: Generator, folder: Path, path: Path)
         ) from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other libraries tell of themselves, and of the graph in which they found an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _compare(exporter: ModuleType, denoiser: Denoiser, generator: Generator, folder: Path) -> str:
     """How far the images are from ours, in words. Raises UserError where they are too far; warns without a runtime."""
-    run = exporter.read(generator, folder)
+    with _quiet():
+        run = exporter.read(generator, folder)
     if run is None:
         files.warn(f"the export was not compared with fastdiff's own images: install {exporter.RUNTIME}, and repeat it")
         return f"not with fastdiff's own images, as {exporter.RUNTIME} was not installed"

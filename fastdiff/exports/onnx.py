@@ -6,10 +6,6 @@ no longer to translate than one of a single step.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,25 +74,8 @@ def _step(generator: Generator) -> ModelProto:
         name: given[name] for name in ("label", "guidance") if name in given
     }
     program = pt2.traced(generator.step, given)
-    with _quiet():
-        made = torch.onnx.export(
-            program, input_names=list(given), output_names=["next"], dynamo=True, verbose=False, external_data=False
-        )
-    return made.model_proto
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what PyTorch's translator tells of itself and of packages that it would also know."""
-    log = logging.getLogger("torch.onnx")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(before)
+    names = {"input_names": list(given), "output_names": ["next"]}
+    return torch.onnx.export(program, dynamo=True, verbose=False, external_data=False, **names).model_proto
 
 
 def unrolled(step: ModelProto, generator: Generator) -> ModelProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ FILE = "model.pt2"
 
 def write(generator: Generator, folder: Path) -> None:
     program = traced(generator, compare.inputs(generator, 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of how PyTorch's own parts fit together
-        torch.export.save(program, folder / FILE)
+    torch.export.save(program, folder / FILE)
 
 
 def read(generator: Generator, folder: Path) -> Run:
