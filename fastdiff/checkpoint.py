@@ -371,9 +371,7 @@ def _write(folder: Path, contents: Contents, keep: int | None = None) -> None:
             else:
                 save_file(content, beside / name)
         (beside / MANIFEST).write_bytes(_manifest({path.name: _fingerprint(path) for path in beside.iterdir()}))
-        for path in (*beside.iterdir(), beside):
-            files.sync(path)
-        _move_into_place(beside, folder)
+        files.move_into_place(beside, folder)
     except (OSError, SafetensorError) as error:  # which is how safetensors tells of a full drive
         shutil.rmtree(beside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -382,21 +380,6 @@ def _write(folder: Path, contents: Contents, keep: int | None = None) -> None:
         ) from error
     if keep is not None:
         _remove_old(folder, keep)
-
-
-def _move_into_place(beside: Path, folder: Path) -> None:
-    replaced = files.beside(folder, "replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    files.sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _put_back(folder: Path) -> None:

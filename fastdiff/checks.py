@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def guidance(model: nn.Module, w: float, name: str | Path = "this model") -> Non
         raise UserError(f"--guidance must be a number ≥ 0 and at most {MAX_GUIDANCE:g}, got {w}")
     if w and not model.num_classes:
         raise UserError(f"--guidance {w:g}: {name} is unconditional, so there is nothing to guide; use 0")
-    if w and (trained is None or model.config.kind == "two_student"):
+    if w and not model.config.guides_itself:
         can_guide(model.config, name, "use --guidance 0")
     if trained is not None and not trained[0] <= w <= trained[1]:
         files.warn(f"guidance {w:g} is outside [{trained[0]:g}, {trained[1]:g}], where {name} was trained")
@@ -124,6 +125,22 @@ def output(path: Path, overwrite: bool, *, file: bool) -> None:
     if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
     folder(path.parent if file else path)
+
+
+def replaceable(out: Path, overwrite: bool, *, is_part: Callable[[Path], bool], what: str) -> None:
+    """Raises UserError where a folder holds anything but an earlier output that may be replaced.
+
+    is_part: whether a file in it belongs to one. what: what messages call such an output.
+    """
+    if out.is_file():
+        raise UserError(f"--out {out} is a file: name a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    foreign = [path.name for path in out.iterdir() if not is_part(path)]
+    if foreign or not overwrite:
+        holds = f"holds {foreign[0]}, which is no part of {what}" if foreign else "already exists"
+        instead = "choose another name" if foreign else "replace it with --overwrite, or choose another name"
+        raise UserError(f"--out {out} {holds}: {instead}")
 
 
 def folder(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastdiff import files, rotation, schedule
 from fastdiff.data import Dataset
@@ -79,6 +80,11 @@ class DenoiserConfig:
     def can_guide(self) -> bool:
         """Whether there is an unconditional model beside the class-conditional one, for `Guided`."""
         return bool(self.unet.num_classes) and (self.unet.null_class or self.unconditional is not None)
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether w is an input of the network, and guidance takes no second call."""
+        return self.guidance_range is not None and self.kind != "two_student"
 
     def to_dict(self) -> dict:
         return asdict(self) | {"schedule": self.schedule.to_dict()}
@@ -164,10 +170,14 @@ class Denoiser(nn.Module):
 
     def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
         """The network's raw output F, in its own parameterization."""
-        self.network_rows += len(z)
+        self.network_rows += z.shape[0]  # len(z) would fix the size where a graph is traced
         if self.config.parameterization == "edm":
-            z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
+            z = z * self.input_scale(angle).to(z.dtype)[:, None, None, None]
         return self.network(z, self.time(angle).float(), label, guidance)
+
+    def input_scale(self, angle: Tensor) -> Tensor:
+        """What z is multiplied with before a network of [EDM]'s, (B,)."""
+        return rotation.edm_input_scale(angle)
 
     def time(self, angle: Tensor) -> Tensor:
         """What the network hears at an angle, (B,)."""
@@ -185,7 +195,8 @@ class Denoiser(nn.Module):
         if self.config.unconditional is not None:
             return self.network_output(z, angle, label, None), self.network_output(z, angle, None, None)
         both = torch.cat([label, torch.full_like(label, self.num_classes)])
-        return self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None).chunk(2)
+        output = self.network_output(torch.cat([z, z]), torch.cat([angle, angle]), both, None)
+        return output.unflatten(0, (2, -1)).unbind()  # a chunk would fix the size where a graph is traced
 
     def conditional(self) -> Denoiser:
         """Where there are two networks, the one with classes alone, sharing its weights; else this denoiser."""
@@ -324,7 +335,8 @@ class Guided(nn.Module):
         return self.denoiser.network_rows
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor, guidance: Tensor | None = None) -> Affine:
-        if guidance is None or (guidance.device.type == "cpu" and not guidance.any()):
+        looks = guidance is not None and guidance.device.type == "cpu" and not is_compiling()
+        if guidance is None or (looks and not guidance.any()):
             return self.denoiser.affine(z, angle, label)
         if not self.config.can_guide:
             raise ValueError("guidance needs an unconditional model, and this one has no null class")
@@ -339,8 +351,7 @@ class Guided(nn.Module):
 
 def with_guidance(denoiser: Denoiser) -> Denoiser | Guided:
     """The model to sample from: a class-conditional one without guidance inside is wrapped in `Guided`."""
-    inside = denoiser.config.guidance_range is not None and denoiser.config.kind != "two_student"
-    return denoiser if inside or not denoiser.num_classes else Guided(denoiser)
+    return denoiser if denoiser.config.guides_itself or not denoiser.num_classes else Guided(denoiser)
 
 
 def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
@@ -41,6 +42,24 @@ def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
             place.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def move_into_place(written: Path, folder: Path) -> None:
+    """Flush a folder that was written beside its place, and have it take that of what is there. Raises OSError."""
+    for path in (*written.rglob("*"), written):
+        sync(path)
+    replaced = beside(folder, "replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    try:
+        written.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def beside(path: Path, purpose: str) -> Path:

@@ -60,6 +60,7 @@ def sampler(rule: Callable[..., Coefficients]) -> Callable[..., Tensor]:
                 on_step(i, z)
         return z
 
+    draw.rule = rule
     draw.__name__ = draw.__qualname__ = rule.__name__
     draw.__doc__ = rule.__doc__
     return draw

@@ -306,10 +306,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
-        h = self.project(kernels.attention(self._packed(self.qkv(tokens)), self.heads))
+        h = self.project(kernels.attention(self.packed(self.qkv(tokens)), self.heads))
         return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.residual_scale)
 
-    def _packed(self, qkv: Tensor) -> Tensor:
+    def packed(self, qkv: Tensor) -> Tensor:
+        """(B, N, 3·C) in the network's own order, as q, k, v with heads inside each."""
         if self.order == "qkv-head":
             return qkv
         if self.order == "head-qkv":

@@ -47,7 +47,8 @@ def main(options: Options) -> None:
     """Make a teacher from another library's network, compared with its own outputs."""
     if options.unconditional is None and (options.check_unconditional or options.unconditional_flags):
         raise UserError("--check-unconditional and --unconditional-flags are of --unconditional, which is not given")
-    _check_out(options)
+    part = checkpoint.FILES
+    checks.replaceable(options.out, options.overwrite, is_part=lambda path: path.name in part, what="a teacher")
     flags = guided_diffusion.read_flags(options.flags)
     imported = _read(options, options.source, flags)
     compared = [_compare(imported, options.source, options.check)]
@@ -64,20 +65,6 @@ def main(options: Options) -> None:
     for line in (*imported.told, *compared, describe(denoiser.config)):
         print(line)
     print(f"-> {options.out}")
-
-
-def _check_out(options: Options) -> None:
-    """Raises UserError where the folder holds anything but a teacher that may be replaced."""
-    out = options.out
-    if out.is_file():
-        raise UserError(f"--out {out} is a file: name a folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    foreign = [path.name for path in out.iterdir() if path.name not in checkpoint.FILES]
-    if foreign or not options.overwrite:
-        what = f"holds {foreign[0]}, which is no part of a teacher" if foreign else "already exists"
-        instead = "choose another name" if foreign else "replace it with --overwrite, or choose another name"
-        raise UserError(f"--out {out} {what}: {instead}")
 
 
 def _read(options: Options, path: Path, flags: dict | None, *, null_class: bool | None = None) -> Imported:

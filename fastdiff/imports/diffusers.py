@@ -130,7 +130,7 @@ def read(folder: Path, scheduler: Path | None = None, *, null_class: bool = Fals
             return image_outputs(tensors, theirs, shape, learned=learned, setting="out_channels")
         return None
 
-    found = weights(unet, _layout(unet), tensors, special)
+    found = weights(unet, layout(unet), tensors, special)
     tensors.finish()
     sources = tuple(source(path, FORMAT) for path in (network / "config.json", file, scheduler))
     config = DenoiserConfig(unet, schedule, predicts, time="step", sources=sources)
@@ -332,7 +332,7 @@ def _new_or_old(tensors: Tensors, prefix: str, name: str, kind: str) -> str:
     return old if old in tensors else f"{prefix}.{name}.{kind}"
 
 
-def _layout(unet: UNetConfig) -> Layout:
+def layout(unet: UNetConfig) -> Layout:
     last = len(unet.channel_mult) - 1
 
     def at(place: Place) -> str:

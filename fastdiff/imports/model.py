@@ -75,15 +75,20 @@ def weights(
     """
     with torch.device("meta"):
         net = UNet(config)
-    stages = {f"{place.part}.{place.position}": place for place in places(net)}
-    found = {}
+    theirs_of, found = names(net, layout), {}
     for name, parameter in net.named_parameters():
-        theirs, shape = _theirs(name, stages, layout), tuple(parameter.shape)
+        theirs, shape = theirs_of[name], tuple(parameter.shape)
         tensor = special(name, theirs, shape)
         found[name] = (tensors.take(theirs, shape) if tensor is None else tensor).contiguous()
         if found[name].shape != parameter.shape:
             raise tensors.refuse(theirs, f"{tensors.decider(theirs)} would make it another one")
     return found
+
+
+def names(net: UNet, layout: Layout) -> dict[str, str]:
+    """The peer's name of every parameter, by ours."""
+    stages = {f"{place.part}.{place.position}": place for place in places(net)}
+    return {name: _theirs(name, stages, layout) for name, _ in net.named_parameters()}
 
 
 def places(net: UNet) -> Iterator[Place]:
