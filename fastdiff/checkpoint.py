@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdiff import files
-from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.denoiser import Denoiser, DenoiserConfig, UnknownNetwork, fill, unfilled
 from fastdiff.errors import UserError
 
 FORMAT = 1
@@ -248,8 +248,12 @@ def _load(folder: Path) -> Denoiser:
     config = _read_config(folder)
     weights = _read_tensors(folder / "model.safetensors")
     try:
-        with torch.device("meta"):
-            denoiser = Denoiser(config)
+        denoiser = unfilled(config)
+    except UnknownNetwork as error:
+        raise UserError(
+            f"{folder / 'model.json'}: {error}: name your file that enters it by --network-module"
+            f"{_network_module(folder)}"
+        ) from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder / 'model.json'} does not describe a fastdiff model: {error}") from None
     expected = {key: value.shape for key, value in denoiser.network.state_dict().items()}
@@ -260,8 +264,15 @@ def _load(folder: Path) -> Denoiser:
             f"{folder / 'model.safetensors'} holds weights of another architecture than its model.json describes "
             f"({len(wrong)} tensors differ, the first is {wrong[0]}): use the two files that were saved together"
         )
-    denoiser.network.load_state_dict(weights, assign=True)
-    return denoiser
+    return fill(denoiser, weights)
+
+
+def _network_module(folder: Path) -> str:
+    """What a checkpoint's run was told, to be said again; nothing is run because a file says so."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        module = json.loads((folder.parent / "config.json").read_bytes())["options"]["network_module"]
+        return f", which was {module!r} there" if isinstance(module, str) else ""
+    return ""
 
 
 def _read_config(folder: Path) -> DenoiserConfig:
@@ -344,10 +355,13 @@ def _contents(denoiser: Denoiser, state: dict | None, state_tensors: dict | None
     """What goes into each file; with copy, tensors share no memory with those given."""
 
     def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        plain = torch.contiguous_format
-        return {
-            key: value.detach().to("cpu", copy=copy, memory_format=plain).contiguous() for key, value in tensors.items()
-        }
+        plain, there, memory = torch.contiguous_format, {}, set()
+        for key, value in tensors.items():
+            value = value.detach().to("cpu", copy=copy, memory_format=plain).contiguous()
+            place = value.untyped_storage().data_ptr()
+            there[key] = value.clone() if place in memory else value  # of tied weights, which the file holds twice
+            memory.add(place)
+        return there
 
     contents = {
         "model.safetensors": on_cpu(denoiser.network.state_dict()),

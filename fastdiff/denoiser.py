@@ -17,13 +17,15 @@ from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
 MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
 NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
-"""By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded.
+"""By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded, or by a
+file that the commands' option --network-module names.
 
 network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), what
 the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
 classes; guidance (B,), None for w = 0 and where the config has no guidance_input. Of the config, image_size,
 image_channels, num_classes and guidance_input say what it has to fit. With the guidance input a network has the weights
-of the one without, and more, which at first should change nothing.
+of the one without, and more, which at first should change nothing. Labels are dropped here: a network that drops some
+itself while it trains learns another thing than it is asked.
 """
 TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
@@ -101,11 +103,11 @@ class DenoiserConfig:
             raise ValueError(f"unknown time {config.time!r}; known: {', '.join(TIMES)}")
         if config.time in ("step", "nearest-step") and not isinstance(config.schedule, schedule.StepSchedule):
             raise ValueError(f"time {config.time!r} needs a schedule of steps, not {config.schedule}")
-        if config.network not in NETWORKS:
-            raise ValueError(
-                f"its network {config.network!r} is not in fastdiff.denoiser.NETWORKS: enter what builds it"
-            )
         return config
+
+
+class UnknownNetwork(ValueError):
+    """Nothing is known that builds a network of this name."""
 
 
 def is_guidance(w: float) -> bool:
@@ -125,6 +127,14 @@ class Denoiser(nn.Module):
         self.config = config
         self.network = _network(config) if network is None else network
         self.network_rows = 0
+        self._frozen = [name for name, p in self.network.named_parameters() if not p.requires_grad]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Denoiser:
+        """As of any module; what the network was built with as frozen stays so."""
+        super().requires_grad_(requires_grad)
+        for name in self._frozen:
+            self.network.get_parameter(name).requires_grad_(False)
+        return self
 
     @property
     def schedule(self) -> schedule.Schedule:
@@ -193,7 +203,26 @@ class Pair(nn.Module):
         return (self.unconditional if label is None else self.conditional)(z, time, label, guidance)
 
 
+def unfilled(config: DenoiserConfig) -> Denoiser:
+    """A denoiser whose weights are still to come, by `fill`. Raises ValueError for what cannot be built.
+
+    Our U-Net is built on the meta device, where it needs no memory; others on the CPU, as they may have buffers that
+    are not saved.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if config.network == "unet" else "cpu"):
+        return Denoiser(config)
+
+
+def fill(denoiser: Denoiser, weights: dict[str, Tensor]) -> Denoiser:
+    """Give an `unfilled` denoiser its network's weights, of the right names and shapes; returns it."""
+    built = any(p.is_meta for p in denoiser.parameters())
+    denoiser.network.load_state_dict(weights, assign=built)  # or else copied: of tied weights there is one
+    return denoiser
+
+
 def _network(config: DenoiserConfig) -> nn.Module:
+    if config.network not in NETWORKS:
+        raise UnknownNetwork(f"the network {config.network!r} is not in fastdiff.denoiser.NETWORKS")
     build = NETWORKS[config.network]
     if config.unconditional is None:
         return build(config.unet)

@@ -75,14 +75,14 @@ def compare(model: nn.Module, batch_size: int, *, backward: bool = False) -> tup
     """
     denoiser = copy.deepcopy(getattr(model, "denoiser", model)).eval().requires_grad_(backward)
     parameters = list(denoiser.parameters())
-    device = parameters[0].device
+    learning, device = [p for p in parameters if p.requires_grad], parameters[0].device
 
     def run(precision: str, inputs: tuple[Tensor | None, ...]) -> Tensor:
         with torch.set_grad_enabled(backward):
             with autocast(precision, device):
                 out = denoiser.network_output(*inputs)
             if backward:
-                torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
+                torch.autograd.grad(out, learning, torch.ones_like(out), allow_unused=True)
         return out.detach()
 
     def seconds(precision: str, inputs: tuple[Tensor | None, ...]) -> float:

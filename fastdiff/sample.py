@@ -15,6 +15,7 @@ from fastdiff import checkpoint, checks, cli, data, distributed, figures
 from fastdiff.denoiser import with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
+from fastdiff.networks import NetworkOptions, enter
 from fastdiff.precision import choose
 
 
@@ -25,7 +26,7 @@ class _Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(Sampling, _Checkpoint):
+class SamplingOptions(Sampling, NetworkOptions, _Checkpoint):
     """What sampling and evaluation share."""
 
     guidance: tuple[float, ...] = (0.0,)
@@ -42,6 +43,7 @@ class SamplingOptions(Sampling, _Checkpoint):
             raise UserError(f"--variance must be in [0, 1], got {self.variance}")
         checks.device(self.device)
         checks.graph(self.graph, self.device)
+        enter(self.network_module)
         model = checkpoint.load(self.checkpoint, device=self.device)
         checks.sampling(self, model.config, self.checkpoint, force=self.force)
         return with_guidance(model)

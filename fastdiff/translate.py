@@ -16,6 +16,7 @@ from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import TEACHER_STEPS
+from fastdiff.networks import NetworkOptions, enter
 from fastdiff.precision import Precision, autocast, choose
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -24,7 +25,7 @@ STRIP_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(NetworkOptions):
     encoder: Path
     """A checkpoint of train.encoder; or a teacher or stage-1 model, which encodes with DDIM."""
     decoder: Path
@@ -114,6 +115,7 @@ class Pair:
 
 def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
+    enter(options.network_module)
     pair, undistilled = load_models(options)
     files = _files(options.images)
     written = {options.out / "strip.png", *(_output(options, file, w) for file in files for w in options.guidance)}

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted
+from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted, unfilled
 from fastdiff.errors import UserError
+from fastdiff.networks import enter
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
 from train.options import LoopOptions
@@ -84,6 +85,7 @@ class Recipe:
 def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     """Run or continue a recipe; returns what it learned, None for a dry run. Raises UserError."""
     options.check()
+    enter(options.network_module)
     teacher = _teacher(recipe, options)
     dataset = recipe.data(options)
     if teacher is not None and dataset is not None:
@@ -149,10 +151,9 @@ def _check_fit(
 def check_buildable(config: DenoiserConfig) -> None:
     """Raises UserError for an architecture that does not fit the images."""
     try:
-        with torch.device("meta"):
-            Denoiser(config)
+        unfilled(config)
     except ValueError as error:
-        raise UserError(f"--unet: {error}") from None
+        raise UserError(f"--{'unet' if config.network == 'unet' else 'network'}: {error}") from None
 
 
 def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
@@ -232,8 +233,7 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
     """What `--dry-run` prints: model size, what will be run, memory estimate."""
     if not distributed.is_first():
         return
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
+    denoiser = unfilled(config)
     world = distributed.world_size()
     size = sum(p.numel() for p in denoiser.parameters())
     weights = size / (world if options.shard else 1)
@@ -263,12 +263,16 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
 
 
 def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptions) -> int:
-    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored)."""
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
-        z = torch.empty(batch_size, *denoiser.image_shape)
-        angle = torch.empty(batch_size)
-        label = torch.empty(batch_size, dtype=torch.int64) if denoiser.num_classes else None
+    """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored).
+
+    Of other networks than ours, which may need a device that computes, with one image.
+    """
+    denoiser = unfilled(config)
+    rows = batch_size if config.network == "unet" else 1
+    with next(denoiser.parameters()).device:
+        z = torch.zeros(rows, *denoiser.image_shape)
+        angle = torch.ones(rows)
+        label = torch.zeros(rows, dtype=torch.int64) if denoiser.num_classes else None
     denoiser.network.gradient_checkpointing = options.gradient_checkpointing
     owned = {id(p) for p in denoiser.parameters()}
     sizes: dict[int, int] = {}
@@ -282,4 +286,4 @@ def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptio
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         denoiser(z, angle, label).sum()
-    return sum(sizes.values())
+    return sum(sizes.values()) * batch_size // rows

@@ -14,6 +14,7 @@ import torch
 
 from fastdiff import checks, cli, distributed, graph
 from fastdiff.errors import UserError
+from fastdiff.networks import NetworkOptions
 from fastdiff.precision import Precision
 from fastdiff.unet import UNetConfig
 
@@ -36,12 +37,13 @@ MAY_CHANGE = {
     "graph",
     "shard",
     "shard_teacher",
+    "network_module",
 }
 APART = ("out", "resume", "overwrite", "dry_run", "preset")  # the command that continues has them for itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopOptions:
+class LoopOptions(NetworkOptions):
     """What every recipe has."""
 
     out: Path

@@ -23,6 +23,8 @@ from train.options import LoopOptions
 class Options(LoopOptions):
     unet: UNetConfig = field(default_factory=lambda: UNETS["digits"])
     """Image size, channels and classes are taken from the data."""
+    network: str = "unet"
+    """Which of fastdiff.denoiser.NETWORKS is trained: ours, or one that --network-module enters."""
     schedule: Literal["cosine", "linear-beta", "karras"] = "cosine"
     """Noise levels of sampling, and of training with --noise-levels schedule."""
     parameterization: Literal["v", "eps", "x", "edm"] = "v"
@@ -164,6 +166,7 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         schedule.SCHEDULES[options.schedule](),
         options.parameterization,
         class_names=dataset.class_names,
+        network=options.network,
         data=dataset.fingerprint,
     )
     begin.check_buildable(config)

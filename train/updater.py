@@ -211,6 +211,9 @@ class Updater:
         model = copy.deepcopy(self.empty)
         weights = {name: distributed.whole(p) for name, p in self.averaged.network.state_dict().items()}
         model.network.load_state_dict(weights, assign=True)
+        for name, buffer in self.averaged.network.named_buffers():  # some are not saved
+            place, _, key = name.rpartition(".")
+            setattr(model.network.get_submodule(place), key, buffer)
         return model.to(memory_format=torch.channels_last)
 
     def tensors(self) -> dict[str, Tensor]:
