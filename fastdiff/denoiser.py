@@ -11,21 +11,23 @@ from torch import Tensor, nn
 
 from fastdiff import files, rotation, schedule
 from fastdiff.data import Dataset
+from fastdiff.dit import DiT
 from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
 MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
-NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet, "dit": DiT}
 """By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded, or by a
 file that the commands' option --network-module names.
 
-network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), what
-the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
+network(z, time, label, guidance) -> (B, outputs·C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time
+(B,), what the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
 classes; guidance (B,), None for w = 0 and where the config has no guidance_input. Of the config, image_size,
-image_channels, num_classes and guidance_input say what it has to fit. With the guidance input a network has the weights
-of the one without, and more, which at first should change nothing. Labels are dropped here: a network that drops some
-itself while it trains learns another thing than it is asked.
+image_channels, num_classes, guidance_input and outputs say what it has to fit. With the guidance input a network has
+the weights of the one without, and more, which at first should change nothing. With two outputs, ε̃ and then x̃, those
+of its last layer have twice as many rows; a network may know one output alone, and so do its students then. Labels are
+dropped here: a network that drops some itself while it trains learns another thing than it is asked.
 """
 TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
@@ -97,8 +99,11 @@ class DenoiserConfig:
             config = cls(**values)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
+        known = (*rotation.PARAMETERIZATIONS, "eps-x")
+        if config.kind not in KINDS or config.parameterization not in known:
             raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
+        if (config.parameterization == "eps-x") != (config.unet.outputs == 2):
+            raise ValueError(f"{config.unet.outputs} outputs cannot be {config.parameterization!r}")
         if config.time not in (None, *TIMES):
             raise ValueError(f"unknown time {config.time!r}; known: {', '.join(TIMES)}")
         if config.time in ("step", "nearest-step") and not isinstance(config.schedule, schedule.StepSchedule):
@@ -149,11 +154,11 @@ class Denoiser(nn.Module):
         return self.config.unet.image_channels, *self.config.unet.image_size
 
     def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B), float64 (B,), with v = A·z + B·F for the network's output F."""
+        """(A, B), float64 (B,), with v = A·z + B·F for the network's only output F."""
         return rotation.velocity_coefficients(self.config.parameterization, angle)
 
     def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """The network's raw output F, in its own parameterization."""
+        """The network's raw output F, in its own parameterization: (B, C, H, W), of two outputs (B, 2·C, H, W)."""
         self.network_rows += len(z)
         if self.config.parameterization == "edm":
             z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
@@ -185,8 +190,7 @@ class Denoiser(nn.Module):
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Affine:
         """The velocity as an affine function of z and the raw network output, for the fused operations."""
-        coef_z, coef_f = self.velocity_coefficients(angle)
-        return Affine(self.network_output(z, angle, label, guidance), coef_z, coef_f)
+        return rotation.affine(self.config.parameterization, self.network_output(z, angle, label, guidance), angle)
 
     def forward(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         return self.affine(z, angle, label, guidance).apply(z)
@@ -241,6 +245,8 @@ class Guided(nn.Module):
         super().__init__()
         if not denoiser.num_classes:
             raise ValueError("guidance needs a class-conditional model, and this one is unconditional")
+        if denoiser.config.parameterization == "eps-x":
+            raise ValueError("guidance by two calls is of networks with one output, and this one has two")
         self.denoiser = denoiser
 
     @property

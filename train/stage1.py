@@ -13,7 +13,7 @@ from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
-from train import begin, loop
+from train import begin, loop, students
 from train.options import LoopOptions
 
 
@@ -87,17 +87,17 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoise
 
 def student_config(teacher: Denoiser, guidance_range: tuple[float, float]) -> DenoiserConfig:
     low, high = guidance_range
-    unet = replace(teacher.config.unet, guidance_input=low < high)
-    return replace(teacher.config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
+    config = students.settled(teacher.config)
+    unet = replace(config.unet, guidance_input=low < high)
+    return replace(config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
 
 
 def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
-    """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1)."""
-    student, teacher = Denoiser(student_config(teacher, guidance_range)), teacher.conditional()
-    _, unexpected = student.network.load_state_dict(teacher.network.state_dict(), strict=False)
-    if unexpected:
-        raise ValueError(f"a network with guidance input has no place for the teacher's {', '.join(unexpected)}")
-    return student.to(next(teacher.parameters()).device)
+    """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1).
+
+    Of a teacher that predicts ε, one that predicts x, too, at first 0: see `students.settled`.
+    """
+    return students.student_of(teacher.conditional(), student_config(teacher, guidance_range))
 
 
 def check_teacher(options: Options, teacher: Denoiser) -> None:

@@ -160,6 +160,7 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         image_size=tuple(size),
         num_classes=dataset.num_classes,
         guidance_input=False,
+        outputs=1,
     )
     config = DenoiserConfig(
         unet,

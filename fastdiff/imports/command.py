@@ -20,7 +20,8 @@ KINDS = "a folder of diffusers, a .pt of guided-diffusion or a .pkl of EDM"
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """A folder that diffusers saved, a guided-diffusion .pt, or an EDM network-snapshot .pkl."""
+    """A folder that diffusers saved (UNet2DModel, DiT, or a pipeline of one), a guided-diffusion .pt, or an EDM
+    network-snapshot .pkl."""
     out: Path
     """The teacher's folder."""
     unconditional: Path | None = None
