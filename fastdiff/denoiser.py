@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import files, rotation, schedule
-from fastdiff.data import Dataset
+from fastdiff.data import Dataset, Latents
 from fastdiff.dit import DiT
 from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
@@ -75,6 +75,14 @@ class DenoiserConfig:
     sources: tuple[Source, ...] = ()
     """Of an imported teacher and its students: what the teacher was made from."""
 
+    latents: Latents | None = None
+    """How its images were scaled, where they are a VAE's latents."""
+
+    @property
+    def limit(self) -> float | None:
+        """Of what it predicts: images lie in [−1, 1], latents anywhere."""
+        return 1.0 if self.latents is None else None
+
     @property
     def can_guide(self) -> bool:
         """Whether there is an unconditional model beside the class-conditional one, for `Guided`."""
@@ -93,6 +101,8 @@ class DenoiserConfig:
         values["sources"] = tuple(Source(**source) for source in values.get("sources", ()))
         if values.get("unconditional") is not None:
             values["unconditional"] = config_from_dict(values["unconditional"])
+        if values.get("latents") is not None:
+            values["latents"] = Latents(**values["latents"])
         if values.get("guidance_range") is not None:
             values["guidance_range"] = tuple(values["guidance_range"])
         try:
@@ -301,6 +311,12 @@ def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:
             f"but the model in {source} makes "
             f"{'×'.join(map(str, denoiser.image_shape))}: give --data the set that it was trained on"
         )
+    ours, theirs = denoiser.config.latents, dataset.latents
+    if (ours is None) != (theirs is None) or (ours and (ours.scale, ours.shift) != (theirs.scale, theirs.shift)):
+        raise UserError(
+            f"the data set {dataset.name} holds {_kind(theirs)}, but the model in {source} makes {_kind(ours)}: give "
+            "--data the set that it was trained on"
+        )
     if denoiser.num_classes and dataset.num_classes != denoiser.num_classes:
         raise UserError(
             f"the data set {dataset.name} has {dataset.num_classes} classes, but the model in {source} has "
@@ -318,3 +334,7 @@ def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:
         return dataset
     files.warn(f"the model in {source} has the classes of {dataset.name} in another order: they are taken by name")
     return dataset.in_order_of(ours)
+
+
+def _kind(latents: Latents | None) -> str:
+    return "images" if latents is None else f"latents scaled by {latents.scale:g} (shift {latents.shift:g})"

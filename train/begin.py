@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, data, distributed
+from fastdiff import checkpoint, data, distributed, vae
 from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted, unfilled
 from fastdiff.errors import UserError
 from fastdiff.networks import enter
@@ -92,6 +92,8 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
         dataset = fitted(teacher, dataset, options.teacher)
     config = recipe.config(options, teacher, dataset)
     _check_fit(recipe, config, teacher, dataset, options)
+    if options.vae is not None:
+        vae.check(options.vae, config)
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
@@ -142,6 +144,8 @@ def _check_fit(
 ) -> None:
     if teacher is None:
         check_buildable(config)
+    if dataset is not None and dataset.latents is not None and options.flip:
+        raise UserError("--flip: the latents of a mirrored image are not its latents mirrored; leave it out")
     if recipe.reads_images and options.batch_size > len(dataset):
         raise UserError(
             f"--batch-size {options.batch_size} is larger than the data set {dataset.name} ({len(dataset)} images)"

@@ -161,7 +161,10 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset | None) -> 
 
 def scoring_data(options: Options) -> data.Dataset | None:
     try:
-        return begin.training_data(options) if options.data else None
+        dataset = begin.training_data(options) if options.data else None
+        if dataset is not None and dataset.latents is not None:
+            raise UserError(f"--data {options.data} holds latents, which no score compares")
+        return dataset
     except UserError as error:
         raise UserError(f"{error}; it would only score the generator, and --data None does without") from None
 

@@ -25,7 +25,7 @@ class Options(LoopOptions):
     """Guidance strengths w to learn; twice the same number makes a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
     clip: bool = True
-    """Limit the guided teacher's x̂ to [−1, 1], as its sampler does."""
+    """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
     lr: float = 1e-3
     ema: float = 0.999
 
@@ -75,7 +75,7 @@ def train(options: Options) -> Denoiser | None:
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
     student = student_of(teacher, options.guidance_range)
     guided = Guided(begin.freeze(teacher, options))
-    clip = 1.0 if options.clip else None
+    clip = teacher.config.limit if options.clip else None
 
     def loss(model: Denoiser, batch: Batch) -> Tensor:
         return regression.stage1(

@@ -168,6 +168,7 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         options.parameterization,
         class_names=dataset.class_names,
         network=options.network,
+        latents=dataset.latents,
         data=dataset.fingerprint,
     )
     begin.check_buildable(config)

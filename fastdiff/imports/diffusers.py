@@ -17,6 +17,7 @@ from fastdiff.imports import dit, guided_diffusion, unet2d
 from fastdiff.imports.account import Settings, Tensors, source
 from fastdiff.imports.model import Imported, Peer
 from fastdiff.schedule import CosineBetaSchedule, LinearBetaSchedule, ScaledLinearSchedule, Schedule, TableSchedule
+from fastdiff.vae import latents_of
 
 KINDS = {"UNet2DModel": unet2d, "DiTTransformer2DModel": dit, "Transformer2DModel": dit}  # the last before 0.27
 PIPELINES = {"DDPMPipeline": "unet", "DDIMPipeline": "unet", "DiTPipeline": "transformer"}  # where their network is
@@ -44,10 +45,11 @@ OF_SAMPLING = (  # what its own sampler does with the network, which no sampler 
 PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 
 
-def read(folder: Path, scheduler: Path | None = None, *, null_class: bool = False) -> Imported:
+def read(folder: Path, scheduler: Path | None = None, vae: Path | None = None, *, null_class: bool = False) -> Imported:
     """The network in a folder, with its scheduler or the one in a file. Raises UserError for what fastdiff cannot be.
 
-    null_class: whether the last class of a U-Net stands for no class.
+    vae: the folder of the one in whose latents it works, where that is no part of the pipeline. null_class: whether the
+    last class of a U-Net stands for no class.
     """
     network = _network_folder(folder)
     values = _json(network / "config.json")
@@ -64,7 +66,9 @@ def read(folder: Path, scheduler: Path | None = None, *, null_class: bool = Fals
     settings.finish()
     tensors.finish()
     sources = tuple(source(path, f"diffusers {kind}") for path in (network / "config.json", file, scheduler))
-    how = {"network": KINDS[kind].NETWORK, "time": "step", "sources": sources}
+    vae = folder if vae is None and (folder / "vae").is_dir() else vae
+    latents = None if vae is None else latents_of(vae)
+    how = {"network": KINDS[kind].NETWORK, "time": "step", "sources": sources, "latents": latents}
     told = tuple(f"{what} is dropped: {why}" for what, why in tensors.dropped.items())
     return Imported(DenoiserConfig(built, schedule, predicts, **how), found, told, "step", _peer(network))
 
