@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdiff import files
-from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, filled, moved
+from fastdiff.denoiser import Denoiser, DenoiserConfig, UnknownNetwork, blank, filled, moved
 from fastdiff.errors import UserError
 
 FORMAT = 1
@@ -249,6 +249,11 @@ def _load(folder: Path) -> Denoiser:
         denoiser = blank(config)
     except UserError:
         raise
+    except UnknownNetwork as error:
+        raise UserError(
+            f"{folder / 'model.json'}: {error}: name your file that enters it by --network-module"
+            f"{_network_module(folder)}"
+        ) from None
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder / 'model.json'} does not describe a fastdiff model: {error}") from None
     expected = {key: value.shape for key, value in denoiser.network.state_dict().items()}
@@ -260,6 +265,14 @@ def _load(folder: Path) -> Denoiser:
             f"({len(wrong)} tensors differ, the first is {wrong[0]}): use the two files that were saved together"
         )
     return filled(denoiser, weights)
+
+
+def _network_module(folder: Path) -> str:
+    """What a checkpoint's run was told, to be said again; nothing is run because a file says so."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        module = json.loads((folder.parent / "config.json").read_bytes())["options"]["network_module"]
+        return f", which was {module!r} there" if isinstance(module, str) else ""
+    return ""
 
 
 def _read_config(folder: Path) -> DenoiserConfig:

@@ -12,23 +12,27 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastdiff import files, rotation, schedule
-from fastdiff.data import Dataset
+from fastdiff.data import Dataset, Latents
+from fastdiff.dit import DiT
 from fastdiff.errors import UserError
 from fastdiff.rotation import Affine
 from fastdiff.unet import UNet, UNetConfig, config_from_dict
 
 MAX_GUIDANCE = 1e4  # far beyond any use, and far below where float32 overflows
-NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet}
-"""By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded.
+NETWORKS: dict[str, Callable[[UNetConfig], nn.Module]] = {"unet": UNet, "dit": DiT}
+"""By the name in a checkpoint, what builds a network: enter your own here before its checkpoints are loaded, or by a
+file that the commands' option --network-module names.
 
 What its `__init__` freezes stays frozen, and weights that it ties stay tied. Tensors that are not saved with the
 weights must come out the same each time that it is built.
 
-network(z, time, label, guidance) -> (B, C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time (B,), what
-the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
+network(z, time, label, guidance) -> (B, outputs·C, H, W). z (B, C, H, W), for EDM's F scaled as EDM's input is; time
+(B,), what the config's `time` says; label (B,) int64, num_classes for the null class, None for models without
 classes; guidance (B,), None for w = 0 and where the config has no guidance_input. Of the config, image_size,
-image_channels, num_classes and guidance_input say what it has to fit. With the guidance input a network has the weights
-of the one without, and more, which at first should change nothing.
+image_channels, num_classes, guidance_input and outputs say what it has to fit. With the guidance input a network has
+the weights of the one without, and more, which at first should change nothing. With two outputs, ε̃ and then x̃, those
+of its last layer have twice as many rows; a network may know one output alone, and so do its students then. Labels are
+dropped here: a network that drops some itself while it trains learns another thing than it is asked.
 """
 TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
@@ -76,6 +80,14 @@ class DenoiserConfig:
     sources: tuple[Source, ...] = ()
     """Of an imported teacher and its students: what the teacher was made from."""
 
+    latents: Latents | None = None
+    """How its images were scaled, where they are a VAE's latents."""
+
+    @property
+    def limit(self) -> float | None:
+        """Of what it predicts: images lie in [−1, 1], latents anywhere."""
+        return 1.0 if self.latents is None else None
+
     @property
     def can_guide(self) -> bool:
         """Whether there is an unconditional model beside the class-conditional one, for `Guided`."""
@@ -99,23 +111,28 @@ class DenoiserConfig:
         values["sources"] = tuple(Source(**source) for source in values.get("sources", ()))
         if values.get("unconditional") is not None:
             values["unconditional"] = config_from_dict(values["unconditional"])
+        if values.get("latents") is not None:
+            values["latents"] = Latents(**values["latents"])
         if values.get("guidance_range") is not None:
             values["guidance_range"] = tuple(values["guidance_range"])
         try:
             config = cls(**values)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        if config.kind not in KINDS or config.parameterization not in rotation.PARAMETERIZATIONS:
+        known = (*rotation.PARAMETERIZATIONS, "eps-x")
+        if config.kind not in KINDS or config.parameterization not in known:
             raise ValueError(f"unknown kind {config.kind!r} or parameterization {config.parameterization!r}")
+        if (config.parameterization == "eps-x") != (config.unet.outputs == 2):
+            raise ValueError(f"{config.unet.outputs} outputs cannot be {config.parameterization!r}")
         if config.time not in (None, *TIMES):
             raise ValueError(f"unknown time {config.time!r}; known: {', '.join(TIMES)}")
         if config.time in ("step", "nearest-step") and not isinstance(config.schedule, schedule.StepSchedule):
             raise ValueError(f"time {config.time!r} needs a schedule of steps, not {config.schedule}")
-        if config.network not in NETWORKS:
-            raise ValueError(
-                f"its network {config.network!r} is not in fastdiff.denoiser.NETWORKS: enter what builds it"
-            )
         return config
+
+
+class UnknownNetwork(ValueError):
+    """Nothing is known that builds a network of this name."""
 
 
 def is_guidance(w: float) -> bool:
@@ -165,11 +182,11 @@ class Denoiser(nn.Module):
         return digest.hexdigest()
 
     def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B), float64 (B,), with v = A·z + B·F for the network's output F."""
+        """(A, B), float64 (B,), with v = A·z + B·F for the network's only output F."""
         return rotation.velocity_coefficients(self.config.parameterization, angle)
 
     def network_output(self, z: Tensor, angle: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """The network's raw output F, in its own parameterization."""
+        """The network's raw output F, in its own parameterization: (B, C, H, W), of two outputs (B, 2·C, H, W)."""
         self.network_rows += z.shape[0]  # len(z) would fix the size where a graph is traced
         if self.config.parameterization == "edm":
             z = z * self.input_scale(angle).to(z.dtype)[:, None, None, None]
@@ -209,8 +226,7 @@ class Denoiser(nn.Module):
 
     def affine(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Affine:
         """The velocity as an affine function of z and the raw network output, for the fused operations."""
-        coef_z, coef_f = self.velocity_coefficients(angle)
-        return Affine(self.network_output(z, angle, label, guidance), coef_z, coef_f)
+        return rotation.affine(self.config.parameterization, self.network_output(z, angle, label, guidance), angle)
 
     def forward(self, z: Tensor, angle: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         return self.affine(z, angle, label, guidance).apply(z)
@@ -294,6 +310,8 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def _network(config: DenoiserConfig) -> nn.Module:
+    if config.network not in NETWORKS:
+        raise UnknownNetwork(f"the network {config.network!r} is not in fastdiff.denoiser.NETWORKS")
     build = NETWORKS[config.network]
     if config.unconditional is None:
         return build(config.unet)
@@ -312,6 +330,8 @@ class Guided(nn.Module):
         super().__init__()
         if not denoiser.num_classes:
             raise ValueError("guidance needs a class-conditional model, and this one is unconditional")
+        if denoiser.config.parameterization == "eps-x":
+            raise ValueError("guidance by two calls is of networks with one output, and this one has two")
         self.denoiser = denoiser
 
     @property
@@ -366,6 +386,12 @@ def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:
             f"but the model in {source} makes "
             f"{'×'.join(map(str, denoiser.image_shape))}: give --data the set that it was trained on"
         )
+    ours, theirs = denoiser.config.latents, dataset.latents
+    if (ours is None) != (theirs is None) or (ours and (ours.scale, ours.shift) != (theirs.scale, theirs.shift)):
+        raise UserError(
+            f"the data set {dataset.name} holds {_kind(theirs)}, but the model in {source} makes {_kind(ours)}: give "
+            "--data the set that it was trained on"
+        )
     if denoiser.num_classes and dataset.num_classes != denoiser.num_classes:
         raise UserError(
             f"the data set {dataset.name} has {dataset.num_classes} classes, but the model in {source} has "
@@ -383,3 +409,7 @@ def fitted(denoiser: Denoiser, dataset: Dataset, source: str | Path) -> Dataset:
         return dataset
     files.warn(f"the model in {source} has the classes of {dataset.name} in another order: they are taken by name")
     return dataset.in_order_of(ours)
+
+
+def _kind(latents: Latents | None) -> str:
+    return "images" if latents is None else f"latents scaled by {latents.scale:g} (shift {latents.shift:g})"

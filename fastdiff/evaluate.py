@@ -17,6 +17,7 @@ from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.metrics import Row, find
 from fastdiff.sample import SamplingOptions
+from fastdiff.vae import Vae, decoder
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Reference:
         }
 
 
-def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name: str, num: int) -> Row:
+def evaluate(
+    model: nn.Module, reference: Reference, sampling: Sampling, *, name: str, num: int, vae: Vae | None = None
+) -> Row:
     """num images with the reference's own label frequencies, scored, timed, and calls counted; guidance is a number.
 
-    Raises UserError where images are not finite.
+    vae: makes images of a model's latents. Raises UserError where images are not finite.
     """
     sampling, labels = sampling.settled(model.config), num
     if model.num_classes:
@@ -59,6 +62,7 @@ def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name
         if sorted(names) == sorted(dataset.class_names):
             dataset = dataset.in_order_of(names)
         labels = torch.from_numpy(dataset.labels[evenly.numpy()])
+    decode = decoder(vae)
     moments, rows, seconds = metrics.Moments(), model.network_rows, 0.0
     chunks = generate(model, labels, sampling)
     while True:
@@ -66,7 +70,7 @@ def evaluate(model: nn.Module, reference: Reference, sampling: Sampling, *, name
         images = next(chunks, None)
         if images is None:
             break
-        images = images.cpu()  # waits for the device, so that the time is the samples' own
+        images = decode(images).cpu()  # waits for the device, so that the time is the samples' own
         seconds += time.perf_counter() - start
         reference.extractor.add(moments, images, what=f"images of {name} at w = {sampling.guidance:g}")
     calls = int(distributed.total(torch.tensor(model.network_rows - rows)))
@@ -130,18 +134,36 @@ def main(options: Options) -> None:
     for guidance in options.guidance:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
-    fitted(model, data.load(options.data, "train"), options.checkpoint)
+    vae = options.decoder(model)
+    _check_data(model, vae, options)
     reference = Reference.load(options.data, device=options.device)
     rows, sampling = [], options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
-        rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num))
+        rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num, vae=vae))
         if distributed.is_first():
             print(json.dumps(asdict(rows[-1])))
     if distributed.is_first():
         results = {"reference": reference.describe(), "rows": [asdict(row) for row in rows]}
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(rows, reference.describe()))
+
+
+def _check_data(model: nn.Module, vae: Vae | None, options: Options) -> None:
+    """Raises UserError for data that the images cannot be compared with."""
+    dataset = data.load(options.data, "train")
+    if dataset.latents is not None:
+        raise UserError(f"--data {options.data} holds latents: name the images that they were made of")
+    if vae is None:
+        fitted(model, dataset, options.checkpoint)
+        return
+    made = vae.image_shape(model.image_shape)
+    if tuple(dataset.shape) != made or model.num_classes not in (0, dataset.num_classes):
+        raise UserError(
+            f"the data set {dataset.name} has {dataset.num_classes} classes and images of "
+            f"{'×'.join(map(str, dataset.shape))}, but {options.checkpoint} has {model.num_classes} and, by "
+            f"--vae {options.vae}, makes {'×'.join(map(str, made))}: give --data the set that it was trained on"
+        )
 
 
 if __name__ == "__main__":

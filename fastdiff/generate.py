@@ -32,7 +32,7 @@ class Sampling:
     variance: float = 0.3
     """γ of the ancestral sampler, in [0, 1]: its variance between the lower and the upper bound, in the logarithm."""
     clip: bool = True
-    """Limit the predicted image to [−1, 1] in every step."""
+    """Limit the predicted image to [−1, 1] in every step, unless it is a VAE's latents."""
     seed: int = 0
     batch_size: int = 256
     """Images at a time; the images do not depend on it."""
@@ -95,7 +95,7 @@ def _batch(model: nn.Module, sampling: Sampling, device: torch.device) -> Callab
     Nothing in it may wait for the device or need the host's memory, so that it can be recorded.
     """
     own = {"ancestral": {"variance": sampling.variance}, "one_step": {"sigma": model.config.sigma_init}}
-    how = {"schedule": model.schedule, "clip": 1.0 if sampling.clip else None, "seed": sampling.seed}
+    how = {"schedule": model.schedule, "clip": model.config.limit if sampling.clip else None, "seed": sampling.seed}
     how |= own.get(sampling.sampler, {})
 
     def draw(sample_ids: Tensor, label: Tensor | None, w: Tensor | None) -> Tensor:

@@ -75,8 +75,7 @@ def compare(model: nn.Module, batch_size: int, *, backward: bool = False) -> tup
     """
     denoiser = copy.deepcopy(getattr(model, "denoiser", model)).eval().requires_grad_(backward)
     parameters = list(denoiser.parameters())
-    learned = [parameter for parameter in parameters if parameter.requires_grad]
-    device = parameters[0].device
+    learned, device = [p for p in parameters if p.requires_grad], parameters[0].device
 
     def run(precision: str, inputs: tuple[Tensor | None, ...]) -> Tensor:
         with torch.set_grad_enabled(backward):

@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 
 SIGMA_DATA = 0.5  # [EDM]'s standard deviation of the data
-PARAMETERIZATIONS = ("v", "eps", "x", "edm")
+PARAMETERIZATIONS = ("v", "eps", "x", "edm")  # of networks with one output; those with two are "eps-x"
 LOSS_WEIGHTS = ("v", "snr", "snr_trunc", "constant", "edm")
 
 
@@ -92,6 +92,18 @@ def velocity_coefficients(parameterization: str, angle: Tensor) -> tuple[Tensor,
             norm = _edm_variance(angle).sqrt()
             return (1 - SIGMA_DATA**2) * sin * cos / norm.square(), -SIGMA_DATA / norm
     raise ValueError(f"unknown parameterization {parameterization!r}; known: {', '.join(PARAMETERIZATIONS)}")
+
+
+def affine(parameterization: str, output: Tensor, angle: Tensor) -> Affine:
+    """The velocity that a network's raw output F says, (B, C, H, W); for "eps-x" (B, 2·C, H, W), ε̃ and then x̃.
+
+    Two outputs make v = cos φ·ε̃ − sin φ·x̃ ([PD] section 4): where there is noise alone it is x̃ that counts, where there
+    is hardly any it is ε̃, and neither is divided by anything small.
+    """
+    if parameterization == "eps-x":
+        angle, (eps, x) = angle.double(), output.chunk(2, dim=1)
+        return Affine(eps, torch.zeros_like(angle), torch.cos(angle), x, -torch.sin(angle))
+    return Affine(output, *velocity_coefficients(parameterization, angle))
 
 
 def edm_input_scale(angle: Tensor) -> Tensor:

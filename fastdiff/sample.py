@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import checkpoint, checks, cli, data, distributed, figures
+from fastdiff import checkpoint, checks, cli, data, distributed, figures, vae
 from fastdiff.denoiser import with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
+from fastdiff.networks import NetworkOptions, enter
 from fastdiff.precision import choose
+from fastdiff.vae import Vae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +27,12 @@ class _Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(Sampling, _Checkpoint):
+class SamplingOptions(Sampling, NetworkOptions, _Checkpoint):
     """What sampling and evaluation share."""
 
     guidance: tuple[float, ...] = (0.0,)
+    vae: Path | None = None
+    """Of a model that makes latents: the folder of the VAE that decodes them."""
     force: bool = False
     """Use a sampler that the checkpoint was not trained for."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,9 +46,14 @@ class SamplingOptions(Sampling, _Checkpoint):
             raise UserError(f"--variance must be in [0, 1], got {self.variance}")
         checks.device(self.device)
         checks.graph(self.graph, self.device)
+        enter(self.network_module)
         model = checkpoint.load(self.checkpoint, device=self.device)
         checks.sampling(self, model.config, self.checkpoint, force=self.force)
         return with_guidance(model)
+
+    def decoder(self, model: nn.Module) -> Vae | None:
+        """The VAE that makes images of what the model makes, where that is latents. Raises UserError."""
+        return vae.of_model(self.vae, model.config, self.device)
 
     def sampling(self, model: nn.Module, num: int, guidance: float | Tensor) -> Sampling:
         """How `num` images of the model are drawn; precision auto is settled here."""
@@ -71,6 +80,7 @@ class Options(SamplingOptions):
 def main(options: Options) -> None:
     """Draw images from a checkpoint."""
     model = options.load()
+    decode = vae.decoder(options.decoder(model))
     guidance = _guidance(options)
     for w in sorted(set(options.guidance_range or options.guidance)):
         checks.guidance(model, w)
@@ -86,6 +96,7 @@ def main(options: Options) -> None:
     for images in generate(model, num if labels is None else labels, sampling, noise_ids=ids):
         if not distributed.is_first():
             continue
+        images = decode(images)
         if is_grid:
             chunks.append(data.to_uint8(images).cpu())
         else:

@@ -10,3 +10,4 @@ NOISE = TRAINING  # of a training image, or of an image that a generator made
 LABEL_DROP = TRAINING + 1
 GENERATOR_NOISE = TRAINING + 2  # where a one-step generator in training starts
 LABELS = TRAINING + 3  # of images that a generator is to make
+LATENTS = TRAINING + 4  # of the latents that a VAE draws for an image

@@ -16,7 +16,9 @@ from fastdiff.cli import number
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import TEACHER_STEPS
+from fastdiff.networks import NetworkOptions, enter
 from fastdiff.precision import Precision, autocast, choose
+from fastdiff.vae import of_model
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
@@ -24,7 +26,7 @@ STRIP_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(NetworkOptions):
     encoder: Path
     """A checkpoint of train.encoder; or a teacher or stage-1 model, which encodes with DDIM."""
     decoder: Path
@@ -48,6 +50,8 @@ class Options:
     clip: bool = True
     """Limit the predicted image to [−1, 1] in every step of an undistilled decoder. Distilled ones learned theirs
     without a limit, as encoders do, and give back more with none."""
+    vae: Path | None = None
+    """Of models that make latents: the folder of the VAE that encodes and decodes them."""
     batch_size: int = 256
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Precision = "fp32"
@@ -84,7 +88,7 @@ class Pair:
         source, target: (B,) int64, or None for models without classes. With source = target it is a reconstruction.
         clip: limit x̂ to [−1, 1] in every step of an undistilled decoder; a distilled one learned its without a limit.
         """
-        limit = 1.0 if clip and self.decoder.config.steps is None else None
+        limit = self.decoder.config.limit if clip and self.decoder.config.steps is None else None
         device = next(self.encoder.parameters()).device
         translated = []
         with autocast(precision, device):
@@ -117,6 +121,7 @@ class Pair:
 
 def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
+    enter(options.network_module)
     pair, undistilled = load_models(options)
     files = _files(options.images)
     written = {options.out / "strip.png", *(_output(options, file, w) for file in files for w in options.guidance)}
@@ -124,7 +129,13 @@ def main(options: Options) -> None:
         raise UserError(
             f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
         )
-    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
+    vae = of_model(options.vae, pair.encoder.config, options.device)
+    shape = pair.encoder.image_shape if vae is None else vae.image_shape(pair.encoder.image_shape)
+    if shape[0] not in MODES:
+        size = "×".join(map(str, shape))
+        raise UserError(f"{options.encoder} makes images of {size}, and picture files have 1 or 3 channels")
+    pictures = torch.stack([load_picture(file, shape, resize=options.resize) for file in files])
+    codes = pictures if vae is None else vae.encode(pictures.to(options.device)).cpu()
     checks.output(options.out, options.overwrite, file=False)
     source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(files))
     target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(files))
@@ -135,9 +146,14 @@ def main(options: Options) -> None:
     precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
     how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
     goes_back = options.encoder == options.decoder or same_domain(pair.encoder, pair.decoder)
+
+    def translated(pair: Pair, source: Tensor | None, target: Tensor | None, w: float) -> Tensor:
+        made = pair.translate(codes, source, target, w, **how)
+        return made if vae is None else vae.decode(made.to(options.device)).cpu()
+
     columns, rows = [pictures], []
     for w in options.guidance:
-        columns.append(pair.translate(pictures, source, target, w, **how))
+        columns.append(translated(pair, source, target, w))
         for file, image in zip(files, columns[-1], strict=True):
             figures.save_image(image, _output(options, file, w))
         compared = {"pair": (pair, source)} if goes_back else {}
@@ -145,7 +161,7 @@ def main(options: Options) -> None:
             own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(files))
             compared["undistilled"] = pair.undistilled(undistilled, w), own
         for name, (one, label) in compared.items():
-            error = rmse(one.translate(pictures, label, label, w, **how), pictures)
+            error = rmse(translated(one, label, label, w), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
             print(f"w = {number(w)}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
     strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
@@ -167,8 +183,6 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     checks.device(options.device)
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
-    if encoder.image_shape[0] not in MODES:
-        raise UserError(f"{options.encoder} makes images of {_size(encoder)}, and picture files have 1 or 3 channels")
     models = [(encoder, options.encoder, options.from_label, "--from-label")]
     models += [(decoder, options.decoder, options.to_label, "--to-label")]
     undistilled = None
@@ -184,6 +198,8 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
             raise UserError(
                 f"{path} makes images of {_size(model)}, but {options.encoder} encodes ones of {_size(encoder)}"
             )
+        if model.config.latents != encoder.config.latents:
+            raise UserError(f"{path} works in other latents than {options.encoder}, or one of them in none")
         if model.schedule != encoder.schedule:
             raise UserError(
                 f"{path} has another noise schedule than {options.encoder}: the noise of one is not the other's"

@@ -44,6 +44,8 @@ class UNetConfig:
     dropout: float = 0.0
     guidance_input: bool = False
     """Whether guidance strength w is an input."""
+    outputs: int = 1
+    """Images that it predicts: one, or ε̃ and x̃ one after the other in its channels."""
 
     input_mult: int | None = None
     """Width after the first convolution, in units of channels (1 in DDPM++); None: that of the first level."""
@@ -131,7 +133,7 @@ def config_from_dict(values: dict) -> UNetConfig:
 
 
 class UNet(nn.Module):
-    """(z (B, C, H, W), time (B,), label (B,) or None, guidance (B,) or None) -> (B, C, H, W) float32.
+    """(z (B, C, H, W), time (B,), label (B,) or None, guidance (B,) or None) -> (B, outputs·C, H, W) float32.
 
     label None means the null class; guidance None means w = 0. Set `gradient_checkpointing` to trade a second
     forward pass of each residual block for its activations. Raises ValueError where image_size does not halve
@@ -152,7 +154,7 @@ class UNet(nn.Module):
             self.guidance_mlp = nn.Sequential(
                 nn.Linear(2 * GUIDANCE_FREQUENCIES, embed_width),
                 nn.SiLU(),
-                _zeroed(nn.Linear(embed_width, embed_width)),
+                zeroed(nn.Linear(embed_width, embed_width)),
             )
 
         levels = [config.width(level) for level in range(len(config.channel_mult))]
@@ -182,7 +184,7 @@ class UNet(nn.Module):
             if level:
                 self.decoder.append(Stage(config, channels, channels, resample="up"))
         self.norm_out = GroupNorm(config, channels)
-        self.conv_out = _zeroed(nn.Conv2d(channels, in_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(channels, in_channels * config.outputs, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
@@ -207,11 +209,7 @@ class UNet(nn.Module):
         embedding = sinusoids(time.float() * config.time_scale, config.channels, endpoint=config.time_endpoint)
         label_embedding = 0.0
         if config.num_classes:
-            if label is None:
-                if not config.null_class:
-                    raise ValueError("this network has no null class, so it needs a label")
-                label = torch.full_like(time, config.num_classes, dtype=torch.int64)
-            label_embedding = self.label_embedding(label)
+            label_embedding = self.label_embedding(with_null(label, time, config))
         if config.label_before_mlp:
             embedding = self.time_mlp(embedding + label_embedding)
         else:
@@ -260,7 +258,7 @@ class ResidualBlock(nn.Module):
         self.embed = nn.Linear(4 * config.channels, 2 * out if config.scale_shift else out)
         self.norm2 = GroupNorm(config, out)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _zeroed(nn.Conv2d(out, out, 3, padding=1))
+        self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
         projected = channels != out or (resample is not None and config.resample_skip_conv)
         self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
 
@@ -272,9 +270,7 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h, scale, shift, silu=True)
         else:
             h = self.norm2(h + modulation[:, :, None, None], silu=True)
-        if self.training and self.dropout.p:
-            h, _ = torch.native_dropout(h, self.dropout.p, True)  # one operation on every device, as KEEP_DROPPED asks
-        h = self.conv2(h)
+        h = self.conv2(dropped(h, self.dropout))
         return _residual(self.skip(_resample(x, self.resample)), h, self.residual_scale)
 
 
@@ -302,7 +298,7 @@ class Attention(nn.Module):
         self.order, self.residual_scale = config.qkv_order, config.residual_scale
         self.norm = GroupNorm(config, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.project = _zeroed(nn.Linear(channels, channels))
+        self.project = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
@@ -346,6 +342,20 @@ def guidance_features(guidance: Tensor) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def with_null(label: Tensor | None, time: Tensor, config: UNetConfig) -> Tensor | None:
+    """Labels (B,), the null class where there are none; None for a network without classes. Raises ValueError."""
+    if label is None and config.num_classes:
+        if not config.null_class:
+            raise ValueError("this network has no null class, so it needs a label")
+        return torch.full_like(time, config.num_classes, dtype=torch.int64)
+    return label if config.num_classes else None
+
+
+def dropped(h: Tensor, dropout: nn.Dropout) -> Tensor:
+    """Dropout by one operation on every device, as KEEP_DROPPED asks."""
+    return torch.native_dropout(h, dropout.p, True)[0] if dropout.training and dropout.p else h
+
+
 def _resample(x: Tensor, direction: str | None) -> Tensor:
     if direction == "down":
         return F.avg_pool2d(x, 2)
@@ -356,7 +366,7 @@ def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
     return x + h if scale == 1 else (x + h) * scale
 
 
-def _zeroed(module: nn.Module) -> nn.Module:
+def zeroed(module: nn.Module) -> nn.Module:
     """Zero weights, so that a new residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -376,8 +386,8 @@ def _check(config: UNetConfig) -> None:
     products = [config.channels * mult for mult in config.channel_mult]
     if any(abs(product - round(product)) > 1e-6 for product in products):
         raise ValueError(f"channels · channel_mult must be whole numbers, and are {products}")
-    if config.channels % 2 or min(config.channels, config.blocks, config.image_channels) <= 0:
-        raise ValueError("channels must be even, and channels, blocks and image_channels positive")
+    if config.channels % 2 or min(config.channels, config.blocks, config.image_channels, config.outputs) <= 0:
+        raise ValueError("channels must be even, and channels, blocks, image_channels and outputs positive")
     if min(config.groups, config.min_group_width, 1 if config.head_width is None else config.head_width) <= 0:
         raise ValueError("groups, min_group_width and head_width must be positive")
     for name, hint in get_type_hints(UNetConfig).items():

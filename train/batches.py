@@ -63,9 +63,10 @@ class ImageBatches:
 
 
 def to_device(batch: data.Batch, num_classes: int, seed: int, device: torch.device) -> Batch:
-    """A batch of bytes as the losses take it."""
+    """A batch of bytes, or of latents, as the losses take it."""
     images, labels, ids = (tensor.to(device, non_blocking=True) for tensor in batch)
-    x = data.to_float(images).contiguous(memory_format=torch.channels_last)
+    x = images if images.is_floating_point() else data.to_float(images)
+    x = x.contiguous(memory_format=torch.channels_last)
     return Batch(x, labels if num_classes else None, ids, seed)
 
 

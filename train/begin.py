@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, checks, data, distributed
+from fastdiff import checkpoint, checks, data, distributed, vae
 from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
+from fastdiff.networks import enter
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
 from train.options import LoopOptions
@@ -84,12 +85,15 @@ class Recipe:
 def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     """Run or continue a recipe; returns what it learned, None for a dry run. Raises UserError."""
     options.check()
+    enter(options.network_module)
     teacher = _teacher(recipe, options)
     dataset = recipe.data(options)
     if teacher is not None and dataset is not None:
         dataset = fitted(teacher, dataset, options.teacher)
     config = recipe.config(options, teacher, dataset)
     _check_fit(recipe, config, teacher, dataset, options)
+    if options.vae is not None:
+        vae.check(options.vae, config)
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
@@ -142,6 +146,8 @@ def _check_fit(
 ) -> None:
     if teacher is None:
         check_buildable(config)
+    if dataset is not None and dataset.latents is not None and options.flip:
+        raise UserError("--flip: the latents of a mirrored image are not its latents mirrored; leave it out")
     if recipe.reads_images and options.batch_size > len(dataset):
         raise UserError(
             f"--batch-size {options.batch_size} is larger than the data set {dataset.name} ({len(dataset)} images)"
@@ -153,7 +159,7 @@ def check_buildable(config: DenoiserConfig) -> None:
     try:
         blank(config)
     except ValueError as error:
-        raise UserError(f"--unet: {error}") from None
+        raise UserError(f"--{'unet' if config.network == 'unet' else 'network'}: {error}") from None
 
 
 def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:

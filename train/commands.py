@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": ("train.demo", "the whole pipeline on the embedded data set"),
     "import": ("fastdiff.imports.command", "a teacher from diffusers, guided-diffusion or EDM"),
     "export": ("fastdiff.exports.command", "a generator as ONNX, torch.export or a diffusers pipeline"),
+    "latents": ("fastdiff.latents", "the latents that a VAE of diffusers makes of a data set"),
     "teacher": ("train.teacher", "train a class-conditional teacher with label dropping"),
     "stage1": ("train.stage1", "distil guidance into one network that takes w"),
     "stage2": ("train.stage2", "halve the number of steps again and again"),

@@ -17,6 +17,7 @@ from fastdiff.denoiser import MAX_GUIDANCE, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference
 from fastdiff.metrics import Row
+from fastdiff.networks import NetworkOptions, enter
 from fastdiff.precision import Precision
 from fastdiff.translate import Pair, rmse
 from train import encoder, sid, stage1, stage2, teacher, two_student
@@ -36,7 +37,7 @@ TIMED_ROUNDS = 5  # of all rows but the slow ones
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(NetworkOptions):
     preset: Literal["digits", "fashion-mnist"] = "digits"
     out: Path = Path("runs/compare")
     """Runs, tables and figures; running again into the same folder continues what is there."""
@@ -51,6 +52,8 @@ class Options:
     teacher_steps: tuple[int, ...] = (1024, 256, 64, 16, 8, 4, 2, 1)
     num: int = 1024
     """Samples a score."""
+    network: str = "unet"
+    """Which of fastdiff.denoiser.NETWORKS the teacher is."""
     updates: tuple[int, int, int] | None = None
     """Updates of the teacher, of stage 1, and of a round of stage 2; default: the preset's."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +65,7 @@ class Options:
 def main(options: Options) -> None:
     """Train every method of the paper on one teacher, score and time all, and write tables and figures."""
     check(options)
+    enter(options.network_module)
     checks.folder(options.out)
     with lock.held(options.out):
         compare(options)
@@ -103,7 +107,12 @@ def check(options: Options) -> None:
 
 def settled(options: Options) -> Options:
     """With the precision of the teacher's run for all of them."""
-    common = {"out": options.out / "teacher", "device": options.device, "precision": options.precision}
+    common = {
+        "network": options.network,
+        "out": options.out / "teacher",
+        "device": options.device,
+        "precision": options.precision,
+    }
     recipe = teacher.Options(**(teacher.PRESETS[options.preset] | common))
     return replace(options, precision=teacher.settled_precision(recipe))
 
@@ -118,7 +127,7 @@ def train_all(options: Options) -> None:
         "last_updates": LAST_ROUNDS * each,
         "save_every": LAST_ROUNDS * each,
     }
-    teacher.train(run(teacher, "teacher", updates=first))
+    teacher.train(run(teacher, "teacher", updates=first, network=options.network))
     if asked & {"stage1", "deterministic", "stochastic", "sid", "encoder"}:
         limits = 0.0, max(4.0, *options.guidance)
         stage1.train(run(stage1, "stage1", updates=second, teacher=at / "teacher", guidance_range=limits))
@@ -148,7 +157,7 @@ def _recipe(options: Options):
 
     def build(module, name: str, **changes) -> LoopOptions:
         out = options.out / name
-        common = {key: getattr(options, key) for key in ("preset", "device", "precision", "seed")}
+        common = {key: getattr(options, key) for key in ("preset", "device", "precision", "seed", "network_module")}
         settings = module.PRESETS[options.preset] | common | {"batch_size": BATCH_SIZE}
         settings |= {"out": out, "resume": out.exists()} | changes
         print(f"{name}: {settings['updates']} updates", flush=True)
@@ -250,6 +259,8 @@ def load_results(options: Options) -> dict:
     """What an earlier run into the same folder has scored. Raises UserError where it had other options."""
     path = options.out / "results.json"
     now = {key: getattr(options, key) for key in ("preset", "num", "seed", "precision")}
+    if options.network != "unet":
+        now["network"] = options.network
     now["updates"] = list(options.updates or UPDATES[options.preset])
     if not path.is_file():
         return {"options": now, "rows": []}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff import cli
+from fastdiff import cli, rotation
 from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
@@ -56,8 +56,9 @@ def check(options: Options, teacher: Denoiser) -> None:
 def error_gain(denoiser: Denoiser, steps: int) -> float:
     """The most that an error of the network's output is multiplied by in any of `steps` equal steps up."""
     angle = denoiser.schedule.angle(torch.arange(steps + 1, dtype=torch.float64) / steps)
-    _, coef_f = denoiser.velocity_coefficients(angle[:-1])
-    return float((torch.sin(angle.diff()) * coef_f).abs().max())
+    v = rotation.affine(denoiser.config.parameterization, torch.empty(steps, 2, 0, 0), angle[:-1])
+    coefs = [coef for coef in (v.coef_a, v.coef_b) if coef is not None]
+    return float((torch.sin(angle.diff()) * torch.stack(coefs)).abs().max())
 
 
 RECIPE = rounds.recipe("encoder", loss, sampler=lambda options: "encode", check=check)

@@ -17,6 +17,7 @@ from fastdiff import checkpoint, data, distributed, figures, files
 from fastdiff.denoiser import Denoiser
 from fastdiff.generate import Sampling, generate
 from fastdiff.run import Log, Run
+from fastdiff.vae import Vae, decoder
 from train import generators
 from train.batches import Batches, ImageBatches, run_seed
 from train.interruption import Interruption
@@ -57,6 +58,7 @@ def run(
             updater.denoiser.network.compile()
     iterate = Iteration(updaters, batches, options)
     speed = _Speed(main.update_count)
+    decoding = {} if options.vae is None else {"vae": Vae(options.vae, main.device)}
 
     with Interruption() as interruption, checkpoint.Writer() as writer, _bar(main, name) as bar:
         while main.update_count < options.updates:
@@ -81,7 +83,7 @@ def run(
                         best = _score(main, watch, best, folder, name, writer)
                     save(updaters, batches, folder, name, best, writer)
                     if saving:
-                        preview(main.averaged, folder.picture(name, n), options.seed)
+                        preview(main.averaged, folder.picture(name, n), options.seed, **decoding)
             if stopping:
                 break
         folder.close()
@@ -176,10 +178,17 @@ def _score(
     return row if distributed.largest(torch.tensor(int(kept or 0))) else best
 
 
-def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, steps: int = 32) -> None:
-    """A grid of samples, one row a class (up to ten, evenly chosen), one column a noise; w = 1 or the nearest known."""
+def preview(
+    denoiser: Denoiser, path: Path, seed: int, *, vae: Vae | None = None, columns: int = 10, steps: int = 32
+) -> None:
+    """A grid of samples, one row a class (up to ten, evenly chosen), one column a noise; w = 1 or the nearest known.
+
+    Of latents, as a VAE decodes them, or none.
+    """
     if denoiser.config.kind == "encoder":
         return  # it makes noise of images
+    if denoiser.config.latents is not None and vae is None:
+        return
     training = denoiser.training
     classes, (low, high) = denoiser.num_classes, denoiser.config.guidance_range or (0.0, 1.0)
     rows = min(classes or 4, 10)
@@ -192,7 +201,7 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
         batch_size=num,
     )
     images = generate(denoiser.eval(), labels, sampling, noise_ids=torch.arange(columns).repeat(rows))
-    images = torch.cat(list(images))
+    images = decoder(vae)(torch.cat(list(images)))
     if distributed.is_first():
         try:
             figures.save_grid(images, path, columns=columns)

@@ -14,6 +14,7 @@ import torch
 
 from fastdiff import checks, cli, distributed, graph
 from fastdiff.errors import UserError
+from fastdiff.networks import NetworkOptions
 from fastdiff.precision import Precision
 from fastdiff.unet import UNetConfig
 
@@ -36,12 +37,14 @@ MAY_CHANGE = {
     "graph",
     "shard",
     "shard_teacher",
+    "network_module",
+    "vae",
 }
 APART = ("out", "resume", "overwrite", "dry_run", "preset")  # the command that continues has them for itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopOptions:
+class LoopOptions(NetworkOptions):
     """What every recipe has."""
 
     out: Path
@@ -49,7 +52,9 @@ class LoopOptions:
     preset: str | None = None
     """Published or tried settings, applied before all other options, which override it; default: none of them."""
     data: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, or a folder, archive or EDM zip of images."""
+    """digits, mnist, fashion-mnist, cifar10, or a folder, archive or EDM zip of images, or a file of latents."""
+    vae: Path | None = None
+    """Where models make latents: the folder of the VAE that decodes the pictures of samples; default: no pictures."""
     flip: bool = False
     """Flip half of the images left to right."""
     seed: int = 0

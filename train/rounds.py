@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.run import Run
-from train import begin, loop
+from train import begin, loop, students
 from train.options import LoopOptions
 
 RoundLoss = Callable[..., Tensor]  # (student, batch, *, teacher, steps) -> (B,)
@@ -100,7 +100,7 @@ def recipe(
     return begin.Recipe(
         name,
         PRESETS,
-        lambda options, teacher, dataset: teacher.config,
+        lambda options, teacher, dataset: config_of(teacher, name),
         learn,
         check=check_teacher,
         rounds=plan,
@@ -118,8 +118,12 @@ def _run(
             teacher = checkpoint.load(folder.round(steps), device=options.device)
             continue
         torch.manual_seed(options.seed)
-        student = copy.deepcopy(teacher)
-        student.config = replace(teacher.config, kind=kind, sampler=sampler, steps=steps)
+        config = replace(config_of(teacher, kind), kind=kind, sampler=sampler, steps=steps)
+        if config.unet == teacher.config.unet:
+            student = copy.deepcopy(teacher)
+            student.config = config
+        else:
+            student = students.student_of(teacher, config)
         if updates := round_updates(options, steps):
             begin.freeze(teacher, options)
             of_steps = partial(loss, teacher=teacher, steps=steps)
@@ -129,6 +133,11 @@ def _run(
         teacher = student
     distributed.first(folder.remove_resumable)  # if a kill has left them
     return teacher
+
+
+def config_of(teacher: Denoiser, kind: str) -> DenoiserConfig:
+    """What a round's student is, but for its steps; a pair of students is guided by two calls of one output each."""
+    return teacher.config if kind == "two_student" else students.settled(teacher.config)
 
 
 def plan(options: Options) -> dict[str, int]:

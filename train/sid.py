@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from fastdiff import cli, data, distributed, metrics, streams
+from fastdiff import cli, data, distributed, files, metrics, streams
 from fastdiff.denoiser import Denoiser, DenoiserConfig, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.evaluate import Reference, evaluate
@@ -56,7 +56,7 @@ class Options(LoopOptions):
     sigma_init: float = SIGMA_INIT
     """The noise level from which the generator starts."""
     sigma_min: float = 0.002
-    """Noise level at t = 0."""
+    """Noise level at t = 0; the default, and that of --sigma-max, is cut to what the teacher knows."""
     sigma_max: float = 80.0
     """Noise level at t = 1000."""
     fake_lr: float | None = None
@@ -163,6 +163,8 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset | None) -> 
 def scoring_data(options: Options) -> data.Dataset | None:
     try:
         dataset = begin.training_data(options) if options.data else None
+        if dataset is not None and dataset.latents is not None:
+            raise UserError(f"--data {options.data} holds latents, which no score compares")
         if dataset is not None and dataset.num_classes:
             metrics.check_scorable(dataset)
         return dataset
@@ -195,10 +197,17 @@ def check_teacher(options: Options, teacher: Denoiser) -> None:
             f"--guidance-t-max {options.guidance_t_max:g} is below --t-max {options.t_max:g} and needs a teacher that "
             f"knows w = 0, but {source} was trained for w in [{known[0]:g}, {known[1]:g}]: leave the option out"
         )
-    lowest, highest = (math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
-    levels = KarrasSchedule(options.sigma_min, options.sigma_max)
+    lowest, highest = known_levels(teacher)
+    levels = noise_levels(options, teacher)
+    cut = [
+        f"--{name.replace('_', '-')} is {getattr(levels, name):.3g} instead of {getattr(options, name):g}"
+        for name in ("sigma_min", "sigma_max")
+        if getattr(levels, name) != getattr(options, name)
+    ]
+    if cut:
+        files.warn(f"{source} knows noise levels σ from {lowest:.3g} to {highest:.3g}: {' and '.join(cut)}")
     needed = (
-        min(options.sigma_min, options.sigma_init),
+        min(levels.sigma_min, options.sigma_init),
         max(math.tan(levels.angle(options.t_max / 1000)), options.sigma_init),
     )
     lacks = []
@@ -211,6 +220,23 @@ def check_teacher(options: Options, teacher: Denoiser) -> None:
             f"{source} knows noise levels σ from {lowest:.3g} to {highest:.3g}, and SiD would draw from "
             f"{needed[0]:.3g} to {needed[1]:.3g}: it lacks {' and '.join(lacks)}"
         )
+
+
+def known_levels(teacher: Denoiser) -> tuple[float, float]:
+    """The lowest and the highest noise level σ that a teacher was trained on."""
+    return tuple(math.tan(teacher.schedule.angle(t)) for t in (0.0, 1.0))
+
+
+def noise_levels(options: Options, teacher: Denoiser) -> KarrasSchedule:
+    """Those of the generator's loss: as asked for; by default, as far as the teacher knows them."""
+    lowest, highest = known_levels(teacher)
+    low, high = options.sigma_min, options.sigma_max
+    if low == Options.sigma_min and low < lowest * (1 - 1e-6):
+        low = lowest
+    drawn = math.tan(KarrasSchedule(low, high).angle(options.t_max / 1000))
+    if high == Options.sigma_max and drawn > highest * (1 + 1e-6):
+        high = highest
+    return KarrasSchedule(low, high)
 
 
 def generator_config(options: Options, teacher: Denoiser) -> DenoiserConfig:
@@ -228,7 +254,7 @@ def learning(teacher: Denoiser, options: Options) -> tuple[list[Updater], Batche
     begin.freeze(teacher, options).network.gradient_checkpointing = options.gradient_checkpointing
     generator.config = config
     w = None if teacher.config.guidance_range is None else config.guidance_range
-    levels = KarrasSchedule(options.sigma_min, options.sigma_max)
+    levels = noise_levels(options, teacher)
 
     def fake_loss(model: Denoiser, batch: Batch) -> Tensor:
         return sid.fake_score(model, generator, batch, sigma=options.sigma_init, guidance_range=w)

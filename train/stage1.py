@@ -9,11 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from fastdiff import checks, cli, data
-from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance, moved
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
-from train import begin, loop
+from train import begin, loop, students
 from train.options import LoopOptions
 
 
@@ -25,7 +25,7 @@ class Options(LoopOptions):
     """Guidance strengths w to learn; twice the same number makes a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
     clip: bool = True
-    """Limit the guided teacher's x̂ to [−1, 1], as its sampler does."""
+    """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
     lr: float = 1e-3
     ema: float = 0.999
 
@@ -75,7 +75,7 @@ def train(options: Options) -> Denoiser | None:
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
     student = student_of(teacher, options.guidance_range)
     guided = Guided(begin.freeze(teacher, options))
-    clip = 1.0 if options.clip else None
+    clip = teacher.config.limit if options.clip else None
 
     def loss(model: Denoiser, batch: Batch) -> Tensor:
         return regression.stage1(
@@ -87,17 +87,17 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoise
 
 def student_config(teacher: Denoiser, guidance_range: tuple[float, float]) -> DenoiserConfig:
     low, high = guidance_range
-    unet = replace(teacher.config.unet, guidance_input=low < high)
-    return replace(teacher.config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
+    config = students.settled(teacher.config)
+    unet = replace(config.unet, guidance_input=low < high)
+    return replace(config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
 
 
 def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
-    """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1)."""
-    student, teacher = Denoiser(student_config(teacher, guidance_range)), teacher.conditional()
-    _, unexpected = student.network.load_state_dict(teacher.network.state_dict(), strict=False)
-    if unexpected:
-        raise ValueError(f"a network with guidance input has no place for the teacher's {', '.join(unexpected)}")
-    return moved(student, next(teacher.parameters()).device)
+    """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1).
+
+    Of a teacher that predicts ε, one that predicts x, too, at first 0: see `students.settled`.
+    """
+    return students.student_of(teacher.conditional(), student_config(teacher, guidance_range))
 
 
 def check_teacher(options: Options, teacher: Denoiser) -> None:

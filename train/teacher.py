@@ -23,6 +23,8 @@ from train.options import LoopOptions
 class Options(LoopOptions):
     unet: UNetConfig = field(default_factory=lambda: UNETS["digits"])
     """Image size, channels and classes are taken from the data."""
+    network: str = "unet"
+    """Which of fastdiff.denoiser.NETWORKS is trained: ours, or one that --network-module enters."""
     schedule: Literal["cosine", "linear-beta", "karras"] = "cosine"
     """Noise levels of sampling, and of training with --noise-levels schedule."""
     parameterization: Literal["v", "eps", "x", "edm"] = "v"
@@ -158,12 +160,15 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         image_size=tuple(size),
         num_classes=dataset.num_classes,
         guidance_input=False,
+        outputs=1,
     )
     config = DenoiserConfig(
         unet,
         schedule.SCHEDULES[options.schedule](),
         options.parameterization,
         class_names=dataset.class_names,
+        network=options.network,
+        latents=dataset.latents,
         data=dataset.fingerprint,
     )
     begin.check_buildable(config)

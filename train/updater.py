@@ -269,6 +269,11 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
 @torch.no_grad()
 def _load(network: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, parameter in network.state_dict().items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"the run's checkpoint holds another network than would go on ({name} differs), as earlier ones had "
+                "for teachers that predict ε: start it again with --overwrite"
+            )
         _filled(parameter, tensors[name])
 
 

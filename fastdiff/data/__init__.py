@@ -5,7 +5,7 @@
 """
 
 from fastdiff.data.batches import Batch, Batches
-from fastdiff.data.dataset import Dataset, NoSplitError, are_finite, to_float, to_uint8
+from fastdiff.data.dataset import Dataset, Latents, NoSplitError, are_finite, to_float, to_uint8
 from fastdiff.data.load import load
 
-__all__ = ["Batch", "Batches", "Dataset", "NoSplitError", "are_finite", "load", "to_float", "to_uint8"]
+__all__ = ["Batch", "Batches", "Dataset", "Latents", "NoSplitError", "are_finite", "load", "to_float", "to_uint8"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,17 +16,31 @@ from fastdiff.errors import UserError
 
 ACCEPTED = (
     "'digits', 'mnist', 'fashion-mnist', 'cifar10', a folder of IDX files, a folder of CIFAR-10 batches or "
-    "cifar-10-binary.tar.gz or cifar-10-python.tar.gz, a folder of images, or a zip of images"
+    "cifar-10-binary.tar.gz or cifar-10-python.tar.gz, a folder or zip of images, or a file of latents"
 )
 SPLITS = ("train", "test", "val")
 _SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What latents are: (a VAE's code − shift)·scale. Raises ValueError unless both are finite, and scale positive."""
+
+    scale: float
+    shift: float = 0.0
+    vae: str = ""
+    """The SHA-256 of the VAE's weights, where that is known."""
+
+    def __post_init__(self):
+        if not (0 < self.scale < math.inf and math.isfinite(self.shift)):
+            raise ValueError("a scale is a positive number, and a shift a finite one")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled images of one size, all in one array.
 
-    images: uint8 (N, C, H, W), possibly memory-mapped and read-only; labels: int64 (N,), in
+    images: uint8 (N, C, H, W), of latents float32, possibly memory-mapped and read-only; labels: int64 (N,), in
     [0, num_classes), or all 0 when the data are unlabelled (num_classes 0); name: such as "digits".
     Raises UserError when the arrays are empty, or do not have these types, shapes or ranges.
     """
@@ -35,12 +50,15 @@ class Dataset:
     class_names: tuple[str, ...]
     name: str
     split: str
+    latents: Latents | None = None
+    """How its images were scaled, where they are a VAE's latents."""
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.size == 0:
+        kind = np.dtype(np.uint8 if self.latents is None else np.float32)
+        if self.images.dtype != kind or self.images.ndim != 4 or self.images.size == 0:
             raise UserError(
                 f"the images of {self.name!r} are {self.images.dtype} {self.images.shape}: "
-                f"give uint8 (N, C, H, W) with no axis empty"
+                f"give {kind} (N, C, H, W) with no axis empty"
             )
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             raise UserError(
@@ -68,12 +86,12 @@ class Dataset:
 
     def without_labels(self) -> Dataset:
         """The same images as unlabelled data."""
-        return Dataset(self.images, np.zeros(len(self), np.int64), (), self.name, self.split)
+        return replace(self, labels=np.zeros(len(self), np.int64), class_names=())
 
     def in_order_of(self, class_names: tuple[str, ...]) -> Dataset:
         """The same images with the labels that their classes have in this order of the same names."""
         number = np.array([class_names.index(name) for name in self.class_names])
-        return Dataset(self.images, number[self.labels], class_names, self.name, self.split)
+        return replace(self, labels=number[self.labels], class_names=class_names)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff import distributed
-from fastdiff.data import cifar, digits, idx, pictures
+from fastdiff.data import cifar, digits, idx, latents, pictures
 from fastdiff.data.dataset import ACCEPTED, SPLITS, Dataset
 from fastdiff.errors import UserError
 
@@ -34,7 +34,8 @@ def load(spec: str | Path, split: str = "train", *, cache: Path | None = None) -
     - a folder or zip of images, one subfolder a class (labels in the natural order of their names: 2 before 10).
       With train/, test/ or val/ above the classes, these are the splits, by their usual names in any case; else it
       is split 90/10. Without subfolders, the images are unlabelled and all of them are split "train";
-    - a folder or zip with the dataset.json of the EDM tools, which holds the labels; all of it is "train".
+    - a folder or zip with the dataset.json of the EDM tools, which holds the labels; all of it is "train";
+    - a .safetensors file of latents, as `fastdiff latents` makes it; all of it is "train".
 
     Folders that hold nothing but one folder, above all of this, do not matter. What was found is printed, with the
     files that are no part of it. Images are grey (C = 1) when every file is, else RGB. Alpha is dropped, an
@@ -59,13 +60,20 @@ def _load(spec: str | Path, split: str, cache: Path | None) -> tuple[Dataset, st
         path, name = _find(spec), spec
     else:
         path = Path(spec).expanduser()
-        name = os.path.basename(os.path.abspath(path)).removesuffix(".zip").removesuffix(".tar.gz")
+        name = (
+            os.path.basename(os.path.abspath(path))
+            .removesuffix(".zip")
+            .removesuffix(".tar.gz")
+            .removesuffix(".safetensors")
+        )
     if not path.exists():
         raise UserError(f"there is no data set {str(spec)!r}: give {ACCEPTED}")
     if path.is_dir() and idx.is_idx(path):
         return idx.load(path, split, name), ""
     if batches := cifar.find(path):
         return cifar.load(batches, split, name), ""
+    if path.is_file() and path.suffix == ".safetensors":
+        return latents.load(path, split, name), ""
     if path.is_dir() or path.suffix.lower() == ".zip":
         return pictures.load(path, split, name, cache)
     raise UserError(f"{path} is not a data set: give {ACCEPTED}")

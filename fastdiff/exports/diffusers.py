@@ -21,8 +21,9 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.exports.compare import Run
 from fastdiff.exports.generator import Generator
-from fastdiff.imports.diffusers import BLOCKS, PREDICTS, layout
+from fastdiff.imports.diffusers import PREDICTS
 from fastdiff.imports.model import names
+from fastdiff.imports.unet2d import BLOCKS, layout
 from fastdiff.unet import GroupNorm, UNet, UNetConfig, guidance_features, sinusoids
 
 LIBRARY, RUNTIME, NEEDS = "diffusers", "diffusers", ("diffusers",)

@@ -34,6 +34,9 @@ class Settings:
         self.place, self._values, self._left = place, {**defaults, **values}, {*values}
         self.defaulted = [name for name in defaults if name not in values]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def __getitem__(self, name: str) -> Any:
         """Take a setting. Raises UserError where it is missing."""
         if name not in self._values:

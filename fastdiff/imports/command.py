@@ -20,7 +20,8 @@ KINDS = "a folder of diffusers, a .pt of guided-diffusion or a .pkl of EDM"
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """A folder that diffusers saved, a guided-diffusion .pt, or an EDM network-snapshot .pkl."""
+    """A folder that diffusers saved (UNet2DModel, DiT, or a pipeline of one), a guided-diffusion .pt, or an EDM
+    network-snapshot .pkl."""
     out: Path
     """The teacher's folder."""
     unconditional: Path | None = None
@@ -32,6 +33,8 @@ class Options:
     """Those of --unconditional; default: the same, with class_cond=False."""
     scheduler: Path | None = None
     """Of a diffusers network without its pipeline: the scheduler_config.json that it was trained with."""
+    vae: Path | None = None
+    """The folder of the VAE in whose latents a diffusers network works; default: that of its pipeline."""
     null_class: bool = False
     """The last class of a diffusers network stands for no class, so that guidance needs no second network."""
     check: Path | None = None
@@ -70,13 +73,18 @@ def main(options: Options) -> None:
 def _read(options: Options, path: Path, flags: dict | None, *, null_class: bool | None = None) -> Imported:
     """The network at a path, by what kind of path it is. Raises UserError for options of another kind."""
     kind = _format(path)
-    for name, of in (("flags", "guided-diffusion"), ("scheduler", "diffusers"), ("null_class", "diffusers")):
+    for name, of in (
+        ("flags", "guided-diffusion"),
+        ("scheduler", "diffusers"),
+        ("vae", "diffusers"),
+        ("null_class", "diffusers"),
+    ):
         if getattr(options, name) and kind != of:
             raise UserError(f"--{name.replace('_', '-')} is of networks of {of}, and {path} is one of {kind}")
     match kind:
         case "diffusers":
             null = options.null_class if null_class is None else null_class
-            return diffusers.read(path, options.scheduler, null_class=null)
+            return diffusers.read(path, options.scheduler, options.vae, null_class=null)
         case "guided-diffusion":
             return guided_diffusion.read(path, flags)
     return edm.read(path)
@@ -144,6 +152,8 @@ def describe(config: DenoiserConfig) -> str:
     """What kind of teacher it is, in a few words and what follows from them."""
     unet = config.unet
     images = "×".join(map(str, (unet.image_channels, *unet.image_size)))
+    if config.latents is not None:
+        images += f" latents (of a VAE, scaled by {config.latents.scale:g})"
     if not unet.num_classes:
         return f"teacher      {images}, no classes, predicts {config.parameterization}"
     guide = "guided by its null class" if unet.null_class else "guided by the second network"

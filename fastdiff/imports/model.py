@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, filled
 from fastdiff.errors import UserError
 from fastdiff.imports.account import Tensors
 from fastdiff.unet import Stage, UNet, UNetConfig
@@ -32,9 +32,7 @@ class Imported:
     """The peer's own code, where it is installed."""
 
     def denoiser(self) -> Denoiser:
-        with torch.device("meta"):
-            denoiser = Denoiser(self.config)
-        denoiser.network.load_state_dict(self.weights, assign=True)
+        denoiser = filled(blank(self.config), self.weights)
         return denoiser.requires_grad_(False).to(memory_format=torch.channels_last).eval()
 
 

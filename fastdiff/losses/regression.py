@@ -170,8 +170,13 @@ def _regression(
     target: Affine,
     weight: str,
 ) -> Tensor:
-    """weight·mean((target − v̂)²) with v̂ = A·z + B·F, rewritten for the raw output F: divide by B, weigh by B²."""
+    """weight·mean((target − v̂)²) with v̂ = A·z + B·F, rewritten for the raw output F: divide by B, weigh by B².
+
+    Of two outputs v̂ is a sum, which is compared itself.
+    """
     output = student.affine(z, angle, label, guidance)
+    if output.b is not None:
+        output = Affine(output.apply(z), torch.zeros_like(output.coef_a), torch.ones_like(output.coef_a))
     scale = 1 / output.coef_a
     coef_z = -output.coef_z if target.coef_z is None else target.coef_z - output.coef_z
     coef_b = None if target.coef_b is None else target.coef_b * scale

@@ -185,6 +185,29 @@ def test_stage1_takes_a_teacher_of_every_parameterization(parameterization):
     assert_same(regression.stage1(student, Guided(teacher), data, guidance_range=(1.0, 2.0)), expected)
 
 
+@every_weight
+def test_two_outputs_are_compared_as_the_velocity_that_they_make(weight):
+    class Both(Network):
+        def forward(self, *inputs):
+            return torch.cat([super().forward(*inputs), self.mix.sum() * super().forward(*inputs).square()], dim=1)
+
+    shape = replace(denoiser().config.unet, outputs=2)
+    config = replace(denoiser().config, unet=shape, parameterization="eps-x", guidance_range=RANGE)
+    student, teacher, data = Denoiser(config, Both(1)), denoiser(parameterization="eps"), batch()
+    angle, w = student.schedule.angle(data.uniform(TIME)), data.guidance(RANGE)
+    z, _ = long_noised(data, angle)
+    eps, x = student.network(z, student.time(angle).float(), data.label, w).chunk(2, dim=1)
+    velocity = wide(torch.cos(angle)) * eps - wide(torch.sin(angle)) * x
+    expected = long_loss(long_guided(teacher, z, angle, data.label, w), velocity, z, angle, weight)
+    found = regression.stage1(student, Guided(teacher), data, guidance_range=RANGE, weight=weight)
+    assert_same(found, expected)
+    one, other = (
+        torch.autograd.grad(loss.sum(), student.parameters(), retain_graph=True) for loss in (found, expected)
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+
+
 class GuidedInside(nn.Module):
     """A student that has learned its teacher by heart."""
 

@@ -302,6 +302,17 @@ def test_four_parameterizations_of_one_denoiser_agree(angle, seed):
         torch.testing.assert_close(coef_z * z + coef_f * output, velocity, rtol=1e-8, atol=1e-8, msg=name)
 
 
+@settings(max_examples=60, deadline=None)
+@given(angle=st.floats(0, math.pi / 2), seed=seeds)
+def test_two_outputs_are_merged_as_published(angle, seed):
+    """x̂ = σ²·x̃ + α·(z − σ·ε̃) ([PD] section 4), whatever both are, up to the ends of the range."""
+    z, eps, x = images(seed, 3)
+    alpha, sigma = math.cos(angle), math.sin(angle)
+    found = rotation.affine("eps-x", torch.cat([eps, x], dim=1), full(angle))
+    expected = sigma**2 * x + alpha * (z - sigma * eps)
+    torch.testing.assert_close(rotation.x_from_velocity(z, found.apply(z), full(angle)), expected, rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(angle=inner_angles, seed=seeds)
 def test_loss_weights_turn_the_velocity_error_into_the_named_one(angle, seed):

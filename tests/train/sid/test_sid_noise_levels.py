@@ -3,11 +3,13 @@
 import command_lines
 import pytest
 import torch
+from common import TINY
 from sid_runs import make_options, train
 
 from fastdiff import checkpoint, samplers
+from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
-from fastdiff.schedule import LinearBetaSchedule
+from fastdiff.schedule import KarrasSchedule, LinearBetaSchedule, ScaledLinearSchedule
 from train import sid as recipe
 
 run, elsewhere = command_lines.run, command_lines.elsewhere
@@ -17,14 +19,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 @pytest.mark.parametrize(
     ("teacher", "changes", "parts"),
     [
-        ("linear", {}, ["0.002 to 0.01 ", "--sigma-min"]),
+        ("linear", {"sigma_min": 0.003}, ["0.003 to 0.01 ", "--sigma-min"]),
         ("edm", {"sigma_min": 0.001}, ["0.001 to 0.002 ", "--sigma-min"]),
         ("edm", {"sigma_max": 100.0, "t_max": 1000.0}, ["80 to 100 ", "--sigma-max"]),
         ("edm", {"sigma_init": 90.0}, ["80 to 90 ", "--sigma-init"]),
         (
             "linear",
-            {"sigma_max": 1000.0, "t_max": 1000.0},
-            ["0.002 to 0.01 ", "157 to 1e+03 ", "--sigma-min", "--t-max"],
+            {"sigma_min": 0.001, "sigma_max": 1000.0, "t_max": 1000.0},
+            ["0.001 to 0.01 ", "157 to 1e+03 ", "--sigma-min", "--t-max"],
         ),
     ],
 )
@@ -47,6 +49,8 @@ def test_a_start_below_what_the_teacher_knows_is_refused(models, tmp_path, sigma
     ("teacher", "changes"),
     [
         ("linear", {"sigma_min": 0.0101}),
+        ("linear", {}),
+        ("linear", {"t_max": 1000.0}),
         ("edm", {}),
         ("edm", {"t_max": 1000.0}),
         ("edm", {"sigma_max": 100.0, "t_max": 800.0}),
@@ -59,6 +63,23 @@ def test_noise_levels_that_the_teacher_knows_are_taken(models, teacher, changes)
     options.check()
     recipe.check_teacher(options, made)
     assert recipe.generator_config(options, made).sigma_init == options.sigma_init
+
+
+@pytest.mark.parametrize(
+    ("schedule", "limits", "said"),
+    [
+        (LinearBetaSchedule(), (0.01, 80), "--sigma-min is 0.01 instead of 0.002"),
+        (ScaledLinearSchedule(), (0.02917, 14.615), "--sigma-max is 14.6 instead of 80"),
+        (KarrasSchedule(), (0.002, 80), ""),
+    ],
+)
+def test_the_default_range_is_cut_to_the_teachers(capsys, schedule, limits, said):
+    teacher = Denoiser(DenoiserConfig(TINY, schedule))
+    options = make_options("teacher")
+    recipe.check_teacher(options, teacher)
+    found = recipe.noise_levels(options, teacher)
+    assert (found.sigma_min, found.sigma_max) == pytest.approx(limits, rel=1e-3)
+    assert said in (warned := capsys.readouterr().err) and bool(warned) == bool(said)
 
 
 def test_a_linear_beta_teacher_learns_above_its_lowest_level(models, tmp_path, monkeypatch):
