@@ -5,6 +5,7 @@ from .attention import attention
 from .group_norm import group_norm
 from .philox import rand, randn
 from .regression_loss import affine_regression_loss
+from .residual import residual_sum
 from .sid_loss import sid_generator_loss
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "group_norm",
     "rand",
     "randn",
+    "residual_sum",
     "sid_generator_loss",
 ]
