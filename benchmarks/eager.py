@@ -75,6 +75,14 @@ def _biased(x, bias) -> Tensor:
     return x + bias.to(x.dtype)[:, None, None]  # as the convolution before would
 
 
+def downsample(x) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0)
+
+
 def attention(qkv, num_heads) -> Tensor:
     q, k, v = _heads(qkv, num_heads)
     probabilities = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
@@ -104,6 +112,8 @@ FUNCTIONS = {
         sid_generator_loss,
         group_norm,
         residual_sum,
+        downsample,
+        upsample,
         attention,
         randn,
     )

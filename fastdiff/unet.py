@@ -355,8 +355,8 @@ def guidance_features(guidance: Tensor) -> Tensor:
 
 def _resample(x: Tensor, direction: str | None) -> Tensor:
     if direction == "down":
-        return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else x
+        return kernels.downsample(x)
+    return kernels.upsample(x) if direction == "up" else x
 
 
 def bias_is_free(x: Tensor) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "affine_regression_loss",
     "affine_update",
     "attention",
+    "downsample",
     "group_norm",
     "guided_step",
     "rand",
@@ -31,6 +32,7 @@ __all__ = [
     "residual_sum",
     "sid_generator_loss",
     "stochastic_step",
+    "upsample",
     "use",
 ]
 __version__ = "0.0.0"  # other libraries look for a package called `kernels` and compare versions: this one is not it
@@ -253,13 +255,35 @@ def residual_sum(
     Raises ValueError on shapes that do not match.
     """
     checks.images("residual_sum", x=x, h=h)
-    if x.ndim != 4:
-        raise ValueError(f"residual_sum: x must be (B, C, H, W), got {tuple(x.shape)}")
+    _four_dimensional("residual_sum", x)
     for key, bias in (("x_bias", x_bias), ("h_bias", h_bias)):
         if bias is not None:
             checks.parameter("residual_sum", key, bias, x.shape[1:2], x)
     scale = checks.number("residual_sum", "scale", scale)
     return implementation("residual_sum", x)(x, h, x_bias=x_bias, h_bias=h_bias, scale=scale)
+
+
+def downsample(x: Tensor) -> Tensor:
+    """The mean of each 2×2 pixels: (B, C, H, W), both sides even, -> (B, C, H/2, W/2), in x's dtype and memory layout.
+
+    Raises ValueError for an odd side.
+    """
+    _four_dimensional("downsample", x)
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"downsample: the sides of x must be even, got {tuple(x.shape)}")
+    return implementation("downsample", x)(x)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Each pixel 2×2 times: (B, C, H, W) -> (B, C, 2·H, 2·W), in x's dtype and memory layout."""
+    _four_dimensional("upsample", x)
+    return implementation("upsample", x)(x)
+
+
+def _four_dimensional(name: str, x: Tensor) -> None:
+    checks.floating(name, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{name}: x must be (B, C, H, W), got {tuple(x.shape)}")
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -57,7 +57,7 @@ def _cases() -> list[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for preset, (batch, shape) in IMAGES.items():
             cases += _image_cases(preset, batch, shape, dtype)
-        cases += _group_norm_cases(dtype) + _residual_cases(dtype) + _attention_cases(dtype)
+        cases += _group_norm_cases(dtype) + _residual_and_resampling_cases(dtype) + _attention_cases(dtype)
     return cases
 
 
@@ -156,7 +156,7 @@ RESIDUALS = {  # preset -> (channels, height, the convolutions' biases)
 }
 
 
-def _residual_cases(dtype: torch.dtype) -> list[Case]:
+def _residual_and_resampling_cases(dtype: torch.dtype) -> list[Case]:
     cases = []
     for preset, sums in RESIDUALS.items():
         batch, _ = IMAGES[preset]
@@ -168,6 +168,12 @@ def _residual_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(_residual, (256, 32, 32), dtype, ("h_bias",), 0.5**0.5)
     name = f"residual scaled 256@32 ddpm++ {SHORT[dtype]}"
     cases.append(Case(name, "residual_sum", 256, (256, 32, 32), dtype, make, ("x", "h", "h_bias")))
+    for preset, (channels, height) in {"cifar10": (256, 32), "imagenet64": (192, 64)}.items():
+        batch, _ = IMAGES[preset]
+        for op, side in (("downsample", height), ("upsample", height // 2)):
+            shape = (channels, side, side)
+            name = f"{op} {channels}@{side} {preset} {SHORT[dtype]}"
+            cases.append(Case(name, op, batch, shape, dtype, partial(_resampling, shape, dtype), ("x",)))
     return cases
 
 
@@ -248,6 +254,10 @@ def _group_norm(shape, dtype, modulated, silu, batch, device) -> dict:
 def _residual(shape, dtype, biases, scale, batch, device) -> dict:
     arguments = {name: _image(batch, shape, dtype, device) for name in ("x", "h")} | {"scale": scale}
     return arguments | {name: torch.randn(shape[0], device=device) for name in biases}
+
+
+def _resampling(shape, dtype, batch, device) -> dict:
+    return {"x": _image(batch, shape, dtype, device)}
 
 
 def _attention(shape, dtype, heads, batch, device) -> dict:

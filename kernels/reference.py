@@ -98,6 +98,14 @@ def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)[:, None, None]
 
 
+def downsample(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     batch, tokens, packed = qkv.shape
     q, k, v = qkv.view(batch, tokens, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4)

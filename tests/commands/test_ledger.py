@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff import unet
+from kernels import reference
 
 ledger = pytest.importorskip("benchmarks.ledger", reason="needs Triton", exc_type=ImportError)
 
@@ -38,6 +39,8 @@ def as_measured() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unet, "bias_is_free", lambda x: True)
         patch.setattr(ledger.kernels, "residual_sum", lambda x, h, **of_other_networks: x + h)
+        for name in ("downsample", "upsample"):
+            patch.setattr(ledger.kernels, name, getattr(reference, name))
         return {preset: list(ledger.passes(preset, batch).values()) for preset, batch in SIZES.items()}
 
 

@@ -26,6 +26,8 @@ def operations(device: str) -> dict:
         "sid_generator_loss": lambda x: kernels.sid_generator_loss(x, image, image.cos(), 1.2),
         "group_norm": lambda x: kernels.group_norm(x, 2, weight, bias, silu=True, x_bias=x_bias),
         "residual_sum": lambda x: kernels.residual_sum(x, image, h_bias=bias, scale=0.5),
+        "downsample": lambda x: kernels.downsample(x),
+        "upsample": lambda x: kernels.upsample(x),
         "attention": lambda x: kernels.attention(x.reshape(2, 4, 32)[..., :24], 1),
     }
 

@@ -464,6 +464,16 @@ def test_residual_sum_passes_gradcheck():
     )
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resampling_takes_means_and_repeats(channels_last):
+    x = draw(2, 3, 4, 6, channels_last=channels_last)
+    half, twice = kernels.downsample(x), kernels.upsample(x)
+    torch.testing.assert_close(half, x.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5)), check_stride=False)
+    assert torch.equal(twice, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert half.is_contiguous(memory_format=layout) and twice.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_attention_is_a_softmax_written_out(heads):
     batch, tokens, width = 2, 7, 12 // heads
@@ -494,6 +504,8 @@ GOOD = {
     "add_noise": {"x": IMAGE, "angle": ONE} | STREAM,
     "group_norm": {"x": IMAGE, "num_groups": 2, "weight": torch.ones(2), "bias": torch.ones(2), "eps": 1e-5},
     "residual_sum": {"x": IMAGE, "h": IMAGE, "x_bias": torch.ones(2), "h_bias": torch.ones(2), "scale": 0.5},
+    "downsample": {"x": torch.zeros(3, 2, 4, 6)},
+    "upsample": {"x": IMAGE},
     "attention": {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
     "randn": {"shape": (3, 4), "device": "cpu"} | STREAM,
     "rand": {"shape": (3, 4), "device": "cpu"} | STREAM,
@@ -541,6 +553,9 @@ VALUE_ERRORS = [  # (operation, what its message says, the arguments that are wr
     ("residual_sum", "h has shape", {"h": NARROW}),
     *[("residual_sum", f"{key} must have shape", {key: ONE}) for key in ("x_bias", "h_bias")],
     *elsewhere("residual_sum", "h", "x_bias"),
+    *[(name, r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}) for name in ("downsample", "upsample")],
+    ("downsample", "even", {"x": torch.zeros(3, 2, 4, 5)}),
+    ("downsample", "even", {"x": torch.zeros(3, 2, 5, 4)}),
     *[("attention", "qkv", {"qkv": torch.zeros(shape)}) for shape in ((2, 5), (2, 5, 10))],
     *[("attention", "qkv", {"num_heads": heads}) for heads in (0, 3)],
     *[("randn", "shape", {"shape": shape}) for shape in ((), (1, -1))],
@@ -579,6 +594,8 @@ NONSENSE = [
             "add_noise": ("x", "angle", "sample_ids"),
             "group_norm": ("x", "weight", "bias"),
             "residual_sum": ("x", "h"),
+            "downsample": ("x",),
+            "upsample": ("x",),
             "attention": ("qkv",),
             "randn": ("sample_ids",),
         }.items()
