@@ -57,12 +57,30 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha) -> Tensor:
     return (difference * (teacher_x - generated_x - alpha * difference)).float().sum((1, 2, 3)) / norm
 
 
-def group_norm(x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False) -> Tensor:
+def group_norm(x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None) -> Tensor:
+    x = x if x_bias is None else _biased(x, x_bias)
     y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)  # NCHW on a GPU: it knows no other order
     if scale is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     y = F.silu(y) if silu else y
     return y.contiguous(memory_format=torch.channels_last)  # as the convolution after it wants it
+
+
+def residual_sum(x, h, *, x_bias=None, h_bias=None, scale=1.0) -> Tensor:
+    x, h = (image if bias is None else _biased(image, bias) for image, bias in ((x, x_bias), (h, h_bias)))
+    return x + h if scale == 1 else (x + h) * scale
+
+
+def _biased(x, bias) -> Tensor:
+    return x + bias.to(x.dtype)[:, None, None]  # as the convolution before would
+
+
+def downsample(x) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0)
 
 
 def attention(qkv, num_heads) -> Tensor:
@@ -93,6 +111,9 @@ FUNCTIONS = {
         affine_regression_loss,
         sid_generator_loss,
         group_norm,
+        residual_sum,
+        downsample,
+        upsample,
         attention,
         randn,
     )

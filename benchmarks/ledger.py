@@ -86,16 +86,20 @@ OF_BANDWIDTH = {  # shares of BANDWIDTH, where it is not all
     "group_norm_split.apply": 0.87,
     "group_norm_split.sums": 0.57,
     "group_norm_split.input_gradient": 0.80,
+    "residual.add": 0.87,  # not measured: as kernels of the same tiles
+    "residual.gradient": 0.57,
+    "resample.down": 0.8,
+    "resample.up": 0.8,
 }
 KINDS = {  # kind -> words, of which one is in the name of the operation or of our kernel; the first kind that has one
     "GroupNorm": ("group_norm",),
-    "biases": ("bias", "sum"),
+    "biases": ("bias", "sum", "residual.gradient", "residual.total"),
     "convolutions": ("convolution",),
     "matrix products": ("mm",),
     "attention": ("attention",),
     "casts": ("_to_copy", "cast"),
     "dropout": ("dropout",),
-    "pooling, upsampling": ("pool", "upsample"),
+    "pooling, upsampling": ("pool", "sample"),
     "concatenation": ("cat",),
     "optimizer, average": ("_foreach", "_fused_adam"),
     "sums of images": ("strided", "add", "mul"),

@@ -263,15 +263,16 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(_resample(self.norm1(x, silu=True), self.resample))
+        h, bias = _without_bias(self.conv1, _resample(self.norm1(x, silu=True), self.resample))
         modulation = self.embed(embedding)
         if self.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(h, scale, shift, silu=True)
+            h = self.norm2(h, scale, shift, silu=True, x_bias=bias)
         else:
-            h = self.norm2(h + modulation[:, :, None, None], silu=True)
-        h = self.conv2(dropped(h, self.dropout))
-        return _residual(self.skip(_resample(x, self.resample)), h, self.residual_scale)
+            h = self.norm2(h + modulation[:, :, None, None], silu=True, x_bias=bias)
+        h, h_bias = _without_bias(self.conv2, dropped(h, self.dropout))
+        x, x_bias = _without_bias(self.skip, _resample(x, self.resample))
+        return kernels.residual_sum(x, h, x_bias=x_bias, h_bias=h_bias, scale=self.residual_scale)
 
 
 class ResamplingConv(nn.Module):
@@ -302,8 +303,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
-        h = self.project(kernels.attention(self.packed(self.qkv(tokens)), self.heads))
-        return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.residual_scale)
+        h, bias = _without_bias(self.project, kernels.attention(self.packed(self.qkv(tokens)), self.heads))
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return kernels.residual_sum(x, h, h_bias=bias, scale=self.residual_scale)
 
     def packed(self, qkv: Tensor) -> Tensor:
         """(B, N, 3·C) in the network's own order, as q, k, v with heads inside each."""
@@ -322,9 +324,15 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        x_bias: Tensor | None = None,
     ) -> Tensor:
-        return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
+        given = {"scale": scale, "shift": shift, "silu": silu, "x_bias": x_bias}
+        return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, **given)
 
 
 def sinusoids(values: Tensor, width: int, *, endpoint: bool) -> Tensor:
@@ -358,12 +366,22 @@ def dropped(h: Tensor, dropout: nn.Dropout) -> Tensor:
 
 def _resample(x: Tensor, direction: str | None) -> Tensor:
     if direction == "down":
-        return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else x
+        return kernels.downsample(x)
+    return kernels.upsample(x) if direction == "up" else x
 
 
-def _residual(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    return x + h if scale == 1 else (x + h) * scale
+def bias_is_free(x: Tensor) -> bool:
+    """Whether a convolution adds its bias without a pass of its own, as on a CPU; else the next operation does it."""
+    return x.is_cpu
+
+
+def _without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution of x, or the like, and its bias, if that is still to be added."""
+    if isinstance(layer, nn.Identity) or bias_is_free(x):
+        return layer(x), None
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight), layer.bias
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
 
 
 def zeroed(module: nn.Module) -> nn.Module:

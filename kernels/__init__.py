@@ -24,12 +24,15 @@ __all__ = [
     "affine_regression_loss",
     "affine_update",
     "attention",
+    "downsample",
     "group_norm",
     "guided_step",
     "rand",
     "randn",
+    "residual_sum",
     "sid_generator_loss",
     "stochastic_step",
+    "upsample",
     "use",
 ]
 __version__ = "0.0.0"  # other libraries look for a package called `kernels` and compare versions: this one is not it
@@ -205,10 +208,12 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = False,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm, then ·(1 + scale) + shift per sample and channel, then SiLU; x (B, C, H, W), scale, shift (B, C).
 
-    Returns x's dtype and memory layout. Raises ValueError if groups do not divide C or scale comes without shift.
+    x_bias (C,) is added to x first: that of the convolution before. Returns x's dtype and memory layout. Raises
+    ValueError if groups do not divide C or scale comes without shift.
     """
     # What is right is found so without a call: ten calls are 1 % of the time that small images take on a CPU.
     if not isinstance(x, Tensor) or x.dtype not in checks.FLOATING:
@@ -229,11 +234,56 @@ def group_norm(
     given = (("weight", weight, (channels,)), ("bias", bias, (channels,)))
     if scale is not None:
         given += (("scale", scale, (batch, channels)), ("shift", shift, (batch, channels)))
+    if x_bias is not None:
+        given += (("x_bias", x_bias, (channels,)),)
     device, floating = x.device, checks.FLOATING
     for key, t, wanted in given:
         if not (isinstance(t, Tensor) and t.shape == wanted and t.dtype in floating and t.device == device):
             checks.parameter("group_norm", key, t, wanted, x)
-    return implementation("group_norm", x)(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=bool(silu))
+    modulation = {"scale": scale, "shift": shift}
+    return implementation("group_norm", x)(
+        x, num_groups, weight, bias, eps, **modulation, silu=bool(silu), x_bias=x_bias
+    )
+
+
+def residual_sum(
+    x: Tensor, h: Tensor, *, x_bias: Tensor | None = None, h_bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """((x + x_bias) + (h + h_bias))·scale: the end of a residual block; images (B, C, H, W), biases (C,).
+
+    The biases are those of the convolutions before. Returns the wider of the images' dtypes, in the memory layout of x.
+    Raises ValueError on shapes that do not match.
+    """
+    checks.images("residual_sum", x=x, h=h)
+    _four_dimensional("residual_sum", x)
+    for key, bias in (("x_bias", x_bias), ("h_bias", h_bias)):
+        if bias is not None:
+            checks.parameter("residual_sum", key, bias, x.shape[1:2], x)
+    scale = checks.number("residual_sum", "scale", scale)
+    return implementation("residual_sum", x)(x, h, x_bias=x_bias, h_bias=h_bias, scale=scale)
+
+
+def downsample(x: Tensor) -> Tensor:
+    """The mean of each 2×2 pixels: (B, C, H, W), both sides even, -> (B, C, H/2, W/2), in x's dtype and memory layout.
+
+    Raises ValueError for an odd side.
+    """
+    _four_dimensional("downsample", x)
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"downsample: the sides of x must be even, got {tuple(x.shape)}")
+    return implementation("downsample", x)(x)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Each pixel 2×2 times: (B, C, H, W) -> (B, C, 2·H, 2·W), in x's dtype and memory layout."""
+    _four_dimensional("upsample", x)
+    return implementation("upsample", x)(x)
+
+
+def _four_dimensional(name: str, x: Tensor) -> None:
+    checks.floating(name, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{name}: x must be (B, C, H, W), got {tuple(x.shape)}")
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -57,7 +57,7 @@ def _cases() -> list[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for preset, (batch, shape) in IMAGES.items():
             cases += _image_cases(preset, batch, shape, dtype)
-        cases += _group_norm_cases(dtype) + _attention_cases(dtype)
+        cases += _group_norm_cases(dtype) + _residual_and_resampling_cases(dtype) + _attention_cases(dtype)
     return cases
 
 
@@ -140,12 +140,40 @@ def _group_norm_cases(dtype: torch.dtype) -> list[Case]:
             if dtype == torch.float32 and preset == "imagenet64" and not modulated:
                 continue  # one more form of each kernel, and nothing new in any
             make = partial(_group_norm, (channels, height, height), dtype, modulated, silu)
+            biased = ("scale", "shift", "x_bias") if modulated else ()
             what = f"norm{'+modulation' * modulated}{'+silu' * silu} {channels}@{height}"
-            gradients = ("x", "weight", "bias", *(("scale", "shift") if modulated else ()))
+            gradients = ("x", "weight", "bias", *biased)
             of_case = (batch, (channels, height, height), dtype, make)
             cases.append(Case(f"{what} {preset} {SHORT[dtype]}", "group_norm", *of_case, gradients))
             if modulated:
                 cases.append(Case(f"{what} sample {preset} {SHORT[dtype]}", "group_norm", *of_case))
+    return cases
+
+
+RESIDUALS = {  # preset -> (channels, height, the convolutions' biases)
+    "cifar10": [(256, 32, ("h_bias",)), (256, 8, ("x_bias", "h_bias"))],
+    "imagenet64": [(192, 64, ("x_bias", "h_bias")), (576, 16, ("h_bias",))],
+}
+
+
+def _residual_and_resampling_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    for preset, sums in RESIDUALS.items():
+        batch, _ = IMAGES[preset]
+        for channels, height, biases in sums:
+            shape = (channels, height, height)
+            make = partial(_residual, shape, dtype, biases, 1.0)
+            name = f"residual {channels}@{height} {preset} {SHORT[dtype]}"
+            cases.append(Case(name, "residual_sum", batch, shape, dtype, make, ("x", "h", *biases)))
+    make = partial(_residual, (256, 32, 32), dtype, ("h_bias",), 0.5**0.5)
+    name = f"residual scaled 256@32 ddpm++ {SHORT[dtype]}"
+    cases.append(Case(name, "residual_sum", 256, (256, 32, 32), dtype, make, ("x", "h", "h_bias")))
+    for preset, (channels, height) in {"cifar10": (256, 32), "imagenet64": (192, 64)}.items():
+        batch, _ = IMAGES[preset]
+        for op, side in (("downsample", height), ("upsample", height // 2)):
+            shape = (channels, side, side)
+            name = f"{op} {channels}@{side} {preset} {SHORT[dtype]}"
+            cases.append(Case(name, op, batch, shape, dtype, partial(_resampling, shape, dtype), ("x",)))
     return cases
 
 
@@ -219,7 +247,17 @@ def _group_norm(shape, dtype, modulated, silu, batch, device) -> dict:
     arguments |= {name: torch.rand(channels, device=device) for name in ("weight", "bias")}
     if modulated:
         arguments |= {name: torch.randn(batch, channels, device=device).to(dtype) for name in ("scale", "shift")}
+        arguments["x_bias"] = torch.randn(channels, device=device)  # what is modulated comes from a convolution
     return arguments
+
+
+def _residual(shape, dtype, biases, scale, batch, device) -> dict:
+    arguments = {name: _image(batch, shape, dtype, device) for name in ("x", "h")} | {"scale": scale}
+    return arguments | {name: torch.randn(shape[0], device=device) for name in biases}
+
+
+def _resampling(shape, dtype, batch, device) -> dict:
+    return {"x": _image(batch, shape, dtype, device)}
 
 
 def _attention(shape, dtype, heads, batch, device) -> dict:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-OPTIONAL = {"b", "coef_z", "coef_b", "coef_noise", "clip.limit", "clip.coef_z", "clip.coef_x", "scale", "shift"}
+OPTIONAL = {"b", "coef_z", "coef_b", "coef_noise", "clip.limit", "clip.coef_z", "clip.coef_x"}
 
 
 def images(name: str, **given: Tensor | None) -> None:

@@ -79,9 +79,9 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha: float) -> Tensor:
     return (difference * residual).flatten(1).sum(1) / norm
 
 
-def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tensor:
+def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=None) -> Tensor:
     dtype = _working_dtype(x)
-    image = x.to(dtype).contiguous()  # PyTorch's statistics of channels-last float32 images lose digits on a CPU
+    image = _biased(x, x_bias, dtype).contiguous()  # a CPU's statistics of channels-last float32 images lose digits
     y = F.group_norm(image, num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
@@ -89,6 +89,24 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tenso
     if is_batchedtensor(x) or not x.is_contiguous(memory_format=torch.channels_last):  # which vmap cannot ask
         return y.contiguous()
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def residual_sum(x, h, *, x_bias, h_bias, scale) -> Tensor:
+    dtype = _working_dtype(x, h)
+    total = _biased(x, x_bias, dtype) + _biased(h, h_bias, dtype)
+    return (total if scale == 1 else total * scale).to(torch.promote_types(x.dtype, h.dtype))
+
+
+def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)[:, None, None]
+
+
+def downsample(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

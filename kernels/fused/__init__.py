@@ -5,6 +5,8 @@ from .attention import attention
 from .group_norm import group_norm
 from .philox import rand, randn
 from .regression_loss import affine_regression_loss
+from .resample import downsample, upsample
+from .residual import residual_sum
 from .sid_loss import sid_generator_loss
 
 __all__ = [
@@ -12,8 +14,11 @@ __all__ = [
     "affine_regression_loss",
     "affine_update",
     "attention",
+    "downsample",
     "group_norm",
     "rand",
     "randn",
+    "residual_sum",
     "sid_generator_loss",
+    "upsample",
 ]

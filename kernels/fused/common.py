@@ -1,4 +1,4 @@
-"""What the kernels of several files share: a tile of a sample, loads and stores, the table of coefficients."""
+"""What the kernels of several files share: tiles of samples and of rows, loads, stores, the table of coefficients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # elements of a tile, 8 a thread: 128-bit loads of half-precision tensors
+ROWS, CHANNELS = 64, 64  # of a tile of a channels-last image: its rows are 128 bytes in half precision
 
 
 @triton.jit
@@ -29,6 +30,42 @@ def tile_of_sample(n, BLOCK: tl.constexpr):
     sample, tile = pid // tiles, pid % tiles
     element = tile * BLOCK + tl.arange(0, BLOCK)
     return sample, tile, element, element < n, sample.to(tl.int64) * n + element
+
+
+@triton.jit
+def part_and_channels(channels, blocks, CHANNELS: tl.constexpr):
+    """A program's (part of the rows, channels, which of them exist); `blocks` of CHANNELS channels lie side by side."""
+    pid = tl.program_id(0)
+    channel = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return pid // blocks, channel, channel < channels
+
+
+@triton.jit
+def tile_of_rows(first, rows, pitch, channel, inside, ROWS: tl.constexpr):
+    """ROWS rows from `first` on, `pitch` elements apart: (where the first lies, offsets from there, which exist)."""
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * pitch + channel[None, :]
+    return tl.cast(first, tl.int64) * pitch, at, (first + row < rows)[:, None] & inside[None, :]
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x (B, C, H, W) with its channels side by side, copied if need be; elements from one pixel to the next.
+
+    Some channels of a channels-last image are so as they are.
+    """
+    _, _, height, width = x.shape
+    pitch = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
+    if x.stride() == (height * width * pitch, 1, width * pitch, pitch) and pitch >= x.shape[1]:
+        return x, pitch
+    return x.contiguous(memory_format=torch.channels_last), x.shape[1]
+
+
+def walking(x: Tensor, columns: int = CHANNELS) -> dict[str, int]:
+    """What a kernel that walks x (B, C, H, W) in tiles of rows, of so many channels at most, has to know."""
+    samples, channels, height, width = x.shape
+    columns = min(columns, triton.next_power_of_2(channels))
+    sizes = {"rows": samples * height * width, "channels": channels, "blocks": triton.cdiv(channels, columns)}
+    return sizes | {"ROWS": ROWS * CHANNELS // columns, "CHANNELS": columns}
 
 
 def tiling(x: Tensor) -> dict[str, object]:

@@ -1,12 +1,12 @@
 """GroupNorm with per-sample scale and shift and SiLU in Triton, channels-last, forward and backward.
 
-y = silu(u), u = gain·x̂ + offset, x̂ = (x − μ)·rstd; per sample and channel gain = γ·(1 + scale) and offset =
-β·(1 + scale) + shift. Where a tile of whole groups fits in registers one program does it all and reads x once; else the
-statistics of tiles are combined to those of groups, between two passes over x. They are statistics of deviations from
-a mean (Welford's and Chan's): a mean square minus a squared mean would lose its digits.
+y = silu(u), u = gain·x̂ + offset, x̂ = (x + b − μ)·rstd, b a bias of each channel; per sample and channel gain =
+γ·(1 + scale) and offset = β·(1 + scale) + shift. Where a tile of whole groups fits in registers one program does it all
+and reads x once; else the statistics of tiles are combined to those of groups, between two passes over x. They are
+statistics of deviations from a mean (Welford's and Chan's): a mean square minus a squared mean would lose its digits.
 
 Backward, with g the gradient of u: Σ g and Σ g·x̂ of each sample and channel give the gradients of γ, β, scale and
-shift, and dx = rstd·(gain·g − mean(gain·g) − x̂·mean(gain·g·x̂)) with means over the group.
+shift, and dx = rstd·(gain·g − mean(gain·g) − x̂·mean(gain·g·x̂)) with means over the group. Σ dx is the gradient of b.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def _parameter_gradients_kernel(
     d_bias,
     d_scale,  # (B, channels), like the next; None: not needed
     d_shift,
+    d_x_bias,  # (channels,); None: not needed
     sum_g,  # (B, channels) float32: Σ g
     sum_gx,  # (B, channels) float32: Σ g·x̂
+    sum_dx,  # (parts, channels) float32: Σ dx; or None
     weight,  # (channels,)
     bias,  # (channels,)
     scale,  # (B, channels), rows `scale_stride` elements apart; or None
     scale_stride,
     samples,  # B
+    parts,
     channels,
     SAMPLES: tl.constexpr,  # at a time
     CHANNELS: tl.constexpr,  # of a program
@@ -81,6 +84,12 @@ def _parameter_gradients_kernel(
         store(d_weight, channel, tl.sum(of_weight, axis=0), inside)
     if d_bias is not None:
         store(d_bias, channel, tl.sum(of_bias, axis=0), inside)
+    if d_x_bias is not None:
+        of_x_bias = tl.zeros((SAMPLES, CHANNELS), tl.float32)
+        for first in range(0, parts, SAMPLES):
+            part = (first + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
+            of_x_bias += load(sum_dx, part * channels + channel[None, :], (part < parts) & inside[None, :])
+        store(d_x_bias, channel, tl.sum(of_x_bias, axis=0), inside)
 
 
 def _one_pass(x: Tensor, num_groups: int, largest: int) -> dict[str, int] | None:
@@ -123,11 +132,12 @@ def _run(kernel, programs: int, given: dict[str, object], *, num_warps: int = 4,
     launch(kernel, (programs,), num_warps=num_warps, **{name: given[name] for name in kernel.arg_names})
 
 
-def _arguments(x, mean, rstd, weight, bias, scale, shift, silu) -> dict[str, object]:
+def _arguments(x, mean, rstd, weight, bias, scale, shift, x_bias, silu) -> dict[str, object]:
     """What most kernels take; scale and shift are read where they lie, since they often are halves of one tensor."""
     scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
     images = {"x": x, "mean": mean, "rstd": rstd}
     parameters = {"weight": weight.contiguous(), "bias": bias.contiguous(), "scale": scale, "shift": shift}
+    parameters["x_bias"] = None if x_bias is None else x_bias.contiguous()
     samples, channels, height, width = x.shape
     sizes = {"samples": samples, "pixels": height * width, "channels": channels, "groups": mean.shape[1]}
     strides = {
@@ -144,6 +154,7 @@ def normalized(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     num_groups: int,
     eps: float,
     silu: bool,
@@ -153,7 +164,7 @@ def normalized(
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     if not isinstance(x, FakeTensor):  # no tiles are chosen for symbolic sizes
-        given = _arguments(x, mean, rstd, weight, bias, scale, shift, silu) | {"y": y, "eps": eps}
+        given = _arguments(x, mean, rstd, weight, bias, scale, shift, x_bias, silu) | {"y": y, "eps": eps}
         _forward(x, num_groups, given)
     return y, mean, rstd
 
@@ -184,57 +195,66 @@ def normalized_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    x_bias: Tensor | None,
     silu: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The gradients of those of x, weight, bias, scale, shift that are needed, in their dtypes."""
+    """The gradients of those of x, weight, bias, scale, shift, x_bias that are needed, in their dtypes."""
     x = x.contiguous(memory_format=torch.channels_last)
-    dx = torch.empty_like(x) if needed[0] else None
+    dx = torch.empty_like(x) if needed[0] or needed[-1] else None
     small = [
         x.new_empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in zip((weight, bias, scale, shift), needed[1:], strict=True)
+        for t, need in zip((weight, bias, scale, shift, x_bias), needed[1:], strict=True)
     ]
     if not isinstance(x, FakeTensor):
-        given = _arguments(x, mean, rstd, weight, bias, scale, shift, silu)
+        given = _arguments(x, mean, rstd, weight, bias, scale, shift, x_bias, silu)
         given |= {"dy": dy.contiguous(memory_format=torch.channels_last), "dx": dx}
         given |= {name: x.new_empty(x.shape[:2], dtype=torch.float32) for name in ("sum_g", "sum_gx")}
-        _backward(x, mean.shape[1], given)
+        given |= _backward(x, mean.shape[1], given, needed[-1])
         if any(needed[1:]):
-            given |= dict(zip(("d_weight", "d_bias", "d_scale", "d_shift"), small, strict=True))
+            given |= dict(zip(("d_weight", "d_bias", "d_scale", "d_shift", "d_x_bias"), small, strict=True))
             _run(_parameter_gradients_kernel, triton.cdiv(x.shape[1], 16), given, SAMPLES=64, CHANNELS=16)
-    return [gradient for gradient in (dx, *small) if gradient is not None]
+    return [gradient for gradient, need in zip((dx, *small), needed, strict=True) if need]
 
 
-def _backward(x: Tensor, num_groups: int, given: dict[str, object]) -> None:
+def _backward(x: Tensor, num_groups: int, given: dict[str, object], sum_wanted: bool) -> dict[str, object]:
+    """Fill sums and dx; returns Σ dx, if wanted, of so many parts of the image as went through registers."""
     samples, channels = x.shape[:2]
+
+    def sums(parts: int) -> dict[str, object]:
+        return {"parts": parts, "sum_dx": x.new_empty((parts, channels), dtype=torch.float32) if sum_wanted else None}
+
     if bundle := _one_pass(x, num_groups, LARGEST_BACKWARD // x.element_size()):
-        warps = _warps(bundle, 64 // x.element_size())
-        _run(one_pass_backward_kernel, samples * bundle["bundles"], given, **bundle, num_warps=warps)
-        return
+        warps, of_dx = _warps(bundle, 64 // x.element_size()), sums(samples)
+        _run(one_pass_backward_kernel, samples * bundle["bundles"], given | of_dx, **bundle, num_warps=warps)
+        return of_dx
     split = _split(x, num_groups)
     tiles, programs = split["tiles"], samples * split["tiles"] * split["blocks"]
     tile_g, tile_gx = (x.new_empty((samples, tiles, channels), dtype=torch.float32) for _ in range(2))
     mean_g, mean_gx = (x.new_empty((samples, num_groups), dtype=torch.float32) for _ in range(2))
-    given = given | split | {"tile_g": tile_g, "tile_gx": tile_gx, "mean_g": mean_g, "mean_gx": mean_gx}
+    of_dx = sums(samples * tiles)
+    given = given | split | of_dx | {"tile_g": tile_g, "tile_gx": tile_gx, "mean_g": mean_g, "mean_gx": mean_gx}
     _run(sums_kernel, programs, given)
     block = min(64, triton.next_power_of_2(split["SIZE"]))
     _run(combine_sums_kernel, samples * num_groups, given, TILES=16, BLOCK=block, num_warps=1)
     if given["dx"] is not None:
         _run(input_gradient_kernel, programs, given)
+    return of_dx
 
 
 def _saved(arguments, results):
-    x, weight, bias, scale, shift, _, _, silu = arguments
+    x, weight, bias, scale, shift, x_bias, _, _, silu = arguments
     _, mean, rstd = results
-    return (x, mean, rstd, weight, bias, scale, shift), (silu,)
+    return (x, mean, rstd, weight, bias, scale, shift, x_bias), (silu,)
 
 
-_group_norm = differentiable(normalized, normalized_backward, _saved, inputs=5)
+_group_norm = differentiable(normalized, normalized_backward, _saved, inputs=6)
 
 
-def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tensor:
-    if needs_reference(x, weight, bias, scale, shift) or x.numel() == 0:
-        return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, x_bias, silu) -> Tensor:
+    given = {"scale": scale, "shift": shift, "x_bias": x_bias}
+    if needs_reference(x, weight, bias, *given.values()) or x.numel() == 0:
+        return reference.group_norm(x, num_groups, weight, bias, eps, **given, silu=silu)
     rows = x.contiguous(memory_format=torch.channels_last)
-    y, _, _ = _group_norm(rows, weight, bias, scale, shift, num_groups, eps, silu)
+    y, _, _ = _group_norm(rows, weight, bias, scale, shift, x_bias, num_groups, eps, silu)
     return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()

@@ -7,6 +7,7 @@ channels, channels-last):
     mean, rstd      (B, groups) float32
     weight, bias    (channels,)
     scale, shift    (B, channels), rows `…_stride` elements apart; or None
+    x_bias          (channels,), added to x first; or None
     SILU            whether SiLU follows
     SIZE            channels of a group
 """
@@ -42,9 +43,17 @@ def affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, chann
 
 
 @triton.jit
-def normalized_and_gradient(x, dy, at, mask, mu, r, gain, offset, SILU: tl.constexpr):
-    """(x̂, the gradient of u) of a tile; mu, r, gain, offset: of its channels."""
-    xhat = (load(x, at, mask) - mu[None, :]) * r[None, :]
+def center(mu, x_bias, channel, inside):
+    """What x without its bias lies around: x + x_bias − μ = x − center."""
+    if x_bias is not None:
+        mu -= load(x_bias, channel, inside)
+    return mu
+
+
+@triton.jit
+def normalized_and_gradient(x, dy, at, mask, middle, r, gain, offset, SILU: tl.constexpr):
+    """(x̂, the gradient of u) of a tile; middle (the `center`), r, gain, offset: of its channels."""
+    xhat = (load(x, at, mask) - middle[None, :]) * r[None, :]
     g = load(dy, at, mask)
     if SILU:
         g *= _silu_slope(xhat * gain[None, :] + offset[None, :])
@@ -101,6 +110,7 @@ def one_pass_kernel(
     shift,
     scale_stride,
     shift_stride,
+    x_bias,
     eps,
     pixels,
     channels,
@@ -115,6 +125,8 @@ def one_pass_kernel(
     sample, first, channel, inside, at, mask = _bundle(pixels, channels, bundles, ROWS, GROUPS, SIZE, PADDED)
     start = sample.to(tl.int64) * pixels * channels
     v = load(x + start, at, mask)
+    if x_bias is not None:
+        v = tl.where(mask, v + load(x_bias, channel, inside)[None, :], 0.0)
     of_groups = _sum_groups(tl.sum(v, axis=0), GROUPS, PADDED) / (pixels * SIZE)
     deviation = tl.where(mask, v - _to_columns(of_groups, GROUPS, PADDED)[None, :], 0.0)
     variance = _sum_groups(tl.sum(deviation * deviation, axis=0), GROUPS, PADDED) / (pixels * SIZE)
@@ -134,6 +146,7 @@ def one_pass_backward_kernel(
     dx,  # None: not needed
     sum_g,  # (B, channels) float32: Σ g
     sum_gx,  # (B, channels) float32: Σ g·x̂
+    sum_dx,  # (B, channels) float32: Σ dx; None: not needed
     dy,
     x,
     mean,
@@ -144,6 +157,7 @@ def one_pass_backward_kernel(
     shift,
     scale_stride,
     shift_stride,
+    x_bias,
     pixels,
     channels,
     groups,
@@ -158,12 +172,17 @@ def one_pass_backward_kernel(
     start = sample.to(tl.int64) * pixels * channels
     group = sample.to(tl.int64) * groups + first + tl.arange(0, GROUPS)
     mu, r = _to_columns(tl.load(mean + group), GROUPS, PADDED), _to_columns(tl.load(rstd + group), GROUPS, PADDED)
+    middle = center(mu, x_bias, channel, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, mu, r, gain, offset, SILU)
+    xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
     of_g, of_gx = tl.sum(g, axis=0), tl.sum(g * xhat, axis=0)
     tl.store(sum_g + sample.to(tl.int64) * channels + channel, of_g, mask=inside)
     tl.store(sum_gx + sample.to(tl.int64) * channels + channel, of_gx, mask=inside)
     if dx is not None:
         mean_g = _to_columns(_sum_groups(gain * of_g, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
         mean_gx = _to_columns(_sum_groups(gain * of_gx, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
-        store(dx + start, at, input_gradient(xhat, g, r, gain, mean_g, mean_gx), mask)
+        gradient = input_gradient(xhat, g, r, gain, mean_g, mean_gx)
+        store(dx + start, at, gradient, mask)
+        if sum_dx is not None:
+            of_dx = tl.sum(tl.where(mask, gradient, 0.0), axis=0)
+            tl.store(sum_dx + sample.to(tl.int64) * channels + channel, of_dx, mask=inside)

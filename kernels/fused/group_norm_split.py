@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .common import load, store
-from .group_norm_one_pass import affine, input_gradient, normalized_and_gradient, silu
+from .group_norm_one_pass import affine, center, input_gradient, normalized_and_gradient, silu
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def stats_kernel(
     tile_mean,
     tile_m2,  # summed squared deviations
     x,
+    x_bias,
     pixels,
     channels,
     tiles,
@@ -51,9 +52,10 @@ def stats_kernel(
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)  # of what each element of the tile has seen: Welford's recurrence
     m2 = tl.zeros((ROWS, CHANNELS), tl.float32)
     start = sample.to(tl.int64) * pixels * channels
+    shifted = center(tl.zeros((CHANNELS,), tl.float32), x_bias, channel, inside)
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        v = load(x + start, at, mask)
+        v = load(x + start, at, mask) - shifted[None, :]
         deviation = tl.where(mask, v - mean, 0.0)
         mean += deviation * (1.0 / (step + 1))
         m2 += deviation * (v - mean)
@@ -117,6 +119,7 @@ def apply_kernel(
     shift,
     scale_stride,
     shift_stride,
+    x_bias,
     pixels,
     channels,
     groups,
@@ -130,12 +133,12 @@ def apply_kernel(
 ):
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
-    mu, r = load(mean, group, inside), load(rstd, group, inside)
+    middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        u = (load(x + start, at, mask) - mu[None, :]) * (r * gain)[None, :] + offset[None, :]
+        u = (load(x + start, at, mask) - middle[None, :]) * (r * gain)[None, :] + offset[None, :]
         if SILU:
             u = silu(u)
         store(y + start, at, u, mask)
@@ -155,6 +158,7 @@ def sums_kernel(
     shift,
     scale_stride,
     shift_stride,
+    x_bias,
     pixels,
     channels,
     groups,
@@ -169,14 +173,14 @@ def sums_kernel(
     """Σ g and Σ g·x̂ of each channel in each tile, with g the gradient of u."""
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
-    mu, r = load(mean, group, inside), load(rstd, group, inside)
+    middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     of_g = tl.zeros((ROWS, CHANNELS), tl.float32)
     of_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
     start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, mu, r, gain, offset, SILU)
+        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
         of_g += g
         of_gx += g * xhat
     at = (sample.to(tl.int64) * tiles + tile) * channels + channel
@@ -234,6 +238,7 @@ def combine_sums_kernel(
 @triton.jit
 def input_gradient_kernel(
     dx,
+    sum_dx,  # (B·tiles, channels) float32: Σ dx; None: not needed
     dy,
     x,
     mean,
@@ -246,6 +251,7 @@ def input_gradient_kernel(
     shift,
     scale_stride,
     shift_stride,
+    x_bias,
     pixels,
     channels,
     groups,
@@ -259,11 +265,18 @@ def input_gradient_kernel(
 ):
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
-    mu, r = load(mean, group, inside), load(rstd, group, inside)
+    middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     of_g, of_gx = load(mean_g, group, inside), load(mean_gx, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     start = sample.to(tl.int64) * pixels * channels
+    of_dx = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(SPAN // ROWS):
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, mu, r, gain, offset, SILU)
-        store(dx + start, at, input_gradient(xhat, g, r, gain, of_g, of_gx), mask)
+        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
+        gradient = input_gradient(xhat, g, r, gain, of_g, of_gx)
+        store(dx + start, at, gradient, mask)
+        if sum_dx is not None:
+            of_dx += tl.where(mask, gradient, 0.0)
+    if sum_dx is not None:
+        at = (sample.to(tl.int64) * tiles + tile) * channels + channel
+        tl.store(sum_dx + at, tl.sum(of_dx, axis=0), mask=inside)

@@ -100,8 +100,13 @@ def differentiable(forward: Callable, backward: Callable, saved: Callable, input
     Of what forward returns the first is differentiable, in the first `inputs` arguments; backward alone needs the rest.
     saved(arguments, results) -> (tensors, others): what backward takes after the gradient. For one input backward
     returns a gradient; for several it takes a bool for each besides, and returns a list of those that are needed.
-    Forward-mode derivatives there are none: `torch.func.jvp` raises.
+    backward may also be a function that calls operators by `last`. Forward-mode derivatives there are none:
+    `torch.func.jvp` raises.
     """
+    is_operator = isinstance(backward, torch._ops.OpOverload)
+
+    def gradient_of(*arguments):
+        return last(backward, *arguments) if is_operator else backward(*arguments)
 
     class Operation(torch.autograd.Function):
         @staticmethod
@@ -123,8 +128,8 @@ def differentiable(forward: Callable, backward: Callable, saved: Callable, input
             if grad is None:
                 return (None,) * len(needed)
             if inputs == 1:
-                return _last(backward, grad, *ctx.saved_tensors, *ctx.others), *[None] * (len(needed) - 1)
-            gradients = iter(_last(backward, grad, *ctx.saved_tensors, *ctx.others, list(needed[:inputs])))
+                return gradient_of(grad, *ctx.saved_tensors, *ctx.others), *[None] * (len(needed) - 1)
+            gradients = iter(gradient_of(grad, *ctx.saved_tensors, *ctx.others, list(needed[:inputs])))
             return tuple([next(gradients) if need else None for need in needed])
 
     Operation.forward.__signature__ = inspect.signature(Operation.forward)  # or `apply` works it out in every call
@@ -137,7 +142,7 @@ def differentiable(forward: Callable, backward: Callable, saved: Callable, input
     return run
 
 
-def _last(operator: Callable, *arguments):
+def last(operator: Callable, *arguments):
     """Call an operator in a backward pass, as the end of all derivatives."""
     if not torch.compiler.is_compiling() and _derivative_wanted(arguments):
         return _Last.apply(operator, *arguments)

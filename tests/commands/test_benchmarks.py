@@ -54,10 +54,11 @@ def test_group_norm_bytes():
     forward, backward = rows[f"{NORM} forward"], rows[f"{NORM} backward"]
     # one pass: x 2, y 2; two passes: one read more
     assert 4 * image <= forward.work.bytes <= 6.3 * image
-    # to NCHW 4, GroupNorm 2 + 2 + 2, ·(1 + scale) 4, + shift 4, SiLU 4, back to channels-last 4
-    assert forward.eager.bytes == pytest.approx((4 + 6 + 4 + 4 + 4 + 4) * image, rel=0.01)
-    # SiLU 6, its sum for shift 2, times y 6, its sum for scale 2, ·(1 + scale) 4, to NCHW 4, GroupNorm (2+2)·2 + 2
-    assert backward.eager.bytes == pytest.approx((6 + 2 + 6 + 2 + 4 + 4 + 10) * image, rel=0.01)
+    # + bias 4, to NCHW 4, GroupNorm 2 + 2 + 2, ·(1 + scale) 4, + shift 4, SiLU 4, back to channels-last 4
+    assert forward.eager.bytes == pytest.approx((4 + 4 + 6 + 4 + 4 + 4 + 4) * image, rel=0.01)
+    # SiLU 6, its sum for shift 2, times y 6, its sum for scale 2, ·(1 + scale) 4, to NCHW 4, GroupNorm (2+2)·2 + 2,
+    # and its sum for the bias 2
+    assert backward.eager.bytes == pytest.approx((6 + 2 + 6 + 2 + 4 + 4 + 10 + 2) * image, rel=0.01)
 
 
 def test_attention_operations():

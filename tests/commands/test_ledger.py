@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdiff import unet
+from kernels import reference
+
 ledger = pytest.importorskip("benchmarks.ledger", reason="needs Triton", exc_type=ImportError)
 
 SIZES = {"cifar10": 256, "imagenet64": 64}
 # preset -> (launches, GB of all but convolutions, products and attention), forward, and with the backward pass
 LIMITS = {
-    "cifar10": ((639, 25.01), (1581, 53.14)),
-    "imagenet64": ((1011, 33.84), (2446, 75.64)),
+    "cifar10": ((492, 17.77), (1356, 43.76)),
+    "imagenet64": ((807, 25.92), (2132, 65.39)),
 }
 MEASURED = {  # ms by kind, forward, and with the backward pass: NVIDIA H100 80GB HBM3, PyTorch 2.11, Triton 3.6
     "convolutions": (11.8, 33.0),
@@ -30,6 +33,17 @@ def found() -> dict:
     return {preset: list(ledger.passes(preset, batch).values()) for preset, batch in SIZES.items()}
 
 
+@pytest.fixture(scope="module")
+def as_measured() -> dict:
+    """The U-Net as it was on that day, of more operations of PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unet, "bias_is_free", lambda x: True)
+        patch.setattr(ledger.kernels, "residual_sum", lambda x, h, **of_other_networks: x + h)
+        for name in ("downsample", "upsample"):
+            patch.setattr(ledger.kernels, name, getattr(reference, name))
+        return {preset: list(ledger.passes(preset, batch).values()) for preset, batch in SIZES.items()}
+
+
 @pytest.mark.parametrize("preset", SIZES)
 @pytest.mark.parametrize("both", [0, 1], ids=["forward", "with backward"])
 def test_launches_and_bytes_do_not_rise(found, preset, both):
@@ -41,22 +55,22 @@ def test_launches_and_bytes_do_not_rise(found, preset, both):
 
 
 @pytest.mark.parametrize("kind", MEASURED)
-def test_times_by_kind_are_those_of_an_h100(found, kind):
-    for here, measured in zip(found["cifar10"], MEASURED[kind], strict=True):
+def test_times_by_kind_are_those_of_an_h100(as_measured, kind):
+    for here, measured in zip(as_measured["cifar10"], MEASURED[kind], strict=True):
         if measured is not None:
             assert 1e3 * here.entries[kind].seconds == pytest.approx(measured, rel=0.15)
 
 
-def test_attention_and_its_products_together(found):
-    for here, measured in zip(found["cifar10"], (1.7, 6.0), strict=True):
+def test_attention_and_its_products_together(as_measured):
+    for here, measured in zip(as_measured["cifar10"], (1.7, 6.0), strict=True):
         ms = 1e3 * sum(here.entries[kind].seconds for kind in ("attention", "matrix products"))
         assert ms == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("preset", SIZES)
-def test_total_times_are_those_of_an_h100(found, preset):
+def test_total_times_are_those_of_an_h100(as_measured, preset):
     """The measured ones hold some time of no kind: 7 % with the backward pass."""
-    for here, measured in zip(found[preset], TOTALS[preset], strict=True):
+    for here, measured in zip(as_measured[preset], TOTALS[preset], strict=True):
         assert 1e3 * here.total.seconds == pytest.approx(measured, rel=0.15)
 
 

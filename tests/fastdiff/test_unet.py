@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdiff import unet
 from fastdiff.unet import PRESETS, UNet, UNetConfig, config_from_dict, sinusoids
 
 SMALL = UNetConfig(
@@ -396,3 +397,23 @@ def test_edm_cifar10_architecture_has_its_published_size():
         network = UNet(config)
     assert network.conv_in.out_channels == 128
     assert sum(p.numel() for p in network.parameters()) == 55_732_739
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"residual_scale": 0.5**0.5, "scale_shift": False, "resample_skip_conv": True}],
+)
+def test_biases_that_the_next_operation_adds_change_nothing(monkeypatch, changes):
+    """As on a GPU; nor do they change the gradients."""
+    network = randomise(UNet(replace(SMALL, **changes)))
+    z, time = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7])
+
+    def results():
+        out = network(z, time)
+        return out, *torch.autograd.grad(out.square().mean(), [*network.parameters()], allow_unused=True)
+
+    here = results()
+    monkeypatch.setattr(unet, "bias_is_free", lambda x: False)
+    for one, other in zip(here, results(), strict=True):
+        largest = 0.0 if one is None else float(one.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)

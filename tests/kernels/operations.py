@@ -14,7 +14,7 @@ SHAPE = (2, 8, 4, 4)
 def operations(device: str) -> dict:
     """name -> the function of x, of SHAPE, for what all must do alike; what else it takes is made on `device`."""
     image = torch.linspace(-1.5, 2.0, 256, device=device).cos().reshape(SHAPE)
-    one, (weight, bias) = torch.ones(2, device=device), torch.ones(2, 8, device=device)
+    one, (weight, bias, x_bias) = torch.ones(2, device=device), torch.ones(3, 8, device=device)
     key = {"seed": 1, "sample_ids": torch.arange(2, device=device), "step": 2}
     losses = {"coef_z": one, "coef_a": one, "coef_b": one, "weight": one}
     return {
@@ -24,7 +24,10 @@ def operations(device: str) -> dict:
             x, image, image.cos(), image.sin(), **losses
         ),
         "sid_generator_loss": lambda x: kernels.sid_generator_loss(x, image, image.cos(), 1.2),
-        "group_norm": lambda x: kernels.group_norm(x, 2, weight, bias, silu=True),
+        "group_norm": lambda x: kernels.group_norm(x, 2, weight, bias, silu=True, x_bias=x_bias),
+        "residual_sum": lambda x: kernels.residual_sum(x, image, h_bias=bias, scale=0.5),
+        "downsample": lambda x: kernels.downsample(x),
+        "upsample": lambda x: kernels.upsample(x),
         "attention": lambda x: kernels.attention(x.reshape(2, 4, 32)[..., :24], 1),
     }
 

@@ -399,11 +399,11 @@ def test_group_norm_is_norm_then_modulation_then_silu(modulated, silu, channels_
     norm = nn.GroupNorm(4, 12, eps=1e-3).double()
     norm.weight.data, norm.bias.data = draw(12, seed=1), draw(12, seed=2)
     x = 2 + 3 * draw(3, 12, 5, 7, channels_last=channels_last)
-    scale, shift = draw(3, 12, seed=4), draw(3, 12, seed=5)
+    scale, shift, x_bias = draw(3, 12, seed=4), draw(3, 12, seed=5), draw(12, seed=6)
     leaves = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias, scale, shift)]
-    modulation = {"scale": leaves[3], "shift": leaves[4]} if modulated else {}
+    modulation = {"scale": leaves[3], "shift": leaves[4], "x_bias": x_bias} if modulated else {}
     result = kernels.group_norm(leaves[0], 4, leaves[1], leaves[2], 1e-3, silu=silu, **modulation)
-    expected = norm(x.contiguous())
+    expected = norm(x.contiguous() + (x_bias[:, None, None] if modulated else 0))
     if modulated:
         expected = expected * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     if silu:
@@ -422,10 +422,11 @@ def test_group_norm_takes_its_statistics_over_each_group():
 
 
 def test_group_norm_passes_gradcheck():
-    inputs = [t.requires_grad_() for t in (draw(2, 4, 2, 3), draw(4), draw(4, seed=1), draw(2, 4), draw(2, 4, seed=3))]
+    shapes = ((2, 4, 2, 3), (4,), (4,), (2, 4), (2, 4), (4,))
+    inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
 
-    def norm(x, weight, bias, scale, shift):
-        return kernels.group_norm(x, 2, weight, bias, scale=scale, shift=shift, silu=True)
+    def norm(x, weight, bias, scale, shift, x_bias):
+        return kernels.group_norm(x, 2, weight, bias, scale=scale, shift=shift, silu=True, x_bias=x_bias)
 
     assert gradcheck(norm, inputs)
 
@@ -442,6 +443,35 @@ def test_group_norm_returns_the_dtype_of_a_half_precision_image(dtype, modulated
     assert result.is_contiguous(memory_format=torch.channels_last)
     exact = kernels.group_norm(num_groups=4, silu=True, **{key: value.double() for key, value in arguments.items()})
     torch.testing.assert_close(result.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_residual_sum_is_a_sum_with_biases(dtype, scale):
+    x, h = (draw(2, 6, 3, 4, seed=i, dtype=dtype) for i in range(2))
+    biases = {"x_bias": draw(6, seed=2), "h_bias": draw(6, seed=3).float()}
+    of_biases = (biases["x_bias"] + biases["h_bias"])[:, None, None]
+    for given, added in ((biases, of_biases), ({}, 0)):
+        result = kernels.residual_sum(x, h, scale=scale, **given)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, ((x.double() + h.double() + added) * scale).to(dtype))
+
+
+def test_residual_sum_passes_gradcheck():
+    x, h, x_bias, h_bias = (draw(*shape).requires_grad_() for shape in ((2, 3, 2, 2), (2, 3, 2, 2), (3,), (3,)))
+    assert gradcheck(
+        lambda *a: kernels.residual_sum(*a[:2], x_bias=a[2], h_bias=a[3], scale=0.7), (x, h, x_bias, h_bias)
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resampling_takes_means_and_repeats(channels_last):
+    x = draw(2, 3, 4, 6, channels_last=channels_last)
+    half, twice = kernels.downsample(x), kernels.upsample(x)
+    torch.testing.assert_close(half, x.unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5)), check_stride=False)
+    assert torch.equal(twice, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert half.is_contiguous(memory_format=layout) and twice.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
@@ -473,6 +503,9 @@ GOOD = {
     "sid_generator_loss": dict.fromkeys(SID, IMAGE) | {"alpha": 1.0},
     "add_noise": {"x": IMAGE, "angle": ONE} | STREAM,
     "group_norm": {"x": IMAGE, "num_groups": 2, "weight": torch.ones(2), "bias": torch.ones(2), "eps": 1e-5},
+    "residual_sum": {"x": IMAGE, "h": IMAGE, "x_bias": torch.ones(2), "h_bias": torch.ones(2), "scale": 0.5},
+    "downsample": {"x": torch.zeros(3, 2, 4, 6)},
+    "upsample": {"x": IMAGE},
     "attention": {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
     "randn": {"shape": (3, 4), "device": "cpu"} | STREAM,
     "rand": {"shape": (3, 4), "device": "cpu"} | STREAM,
@@ -515,6 +548,14 @@ VALUE_ERRORS = [  # (operation, what its message says, the arguments that are wr
     ("group_norm", r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}),
     *[("group_norm", f"{groups} groups do not divide 2", {"num_groups": groups}) for groups in (0, 4)],
     *[("group_norm", "scale and shift", {key: torch.zeros(3, 2)}) for key in ("scale", "shift")],
+    ("group_norm", "x_bias must have shape", {"x_bias": ONE}),
+    ("residual_sum", r"\(B, C, H, W\)", dict.fromkeys(("x", "h"), torch.zeros(3, 2, 4))),
+    ("residual_sum", "h has shape", {"h": NARROW}),
+    *[("residual_sum", f"{key} must have shape", {key: ONE}) for key in ("x_bias", "h_bias")],
+    *elsewhere("residual_sum", "h", "x_bias"),
+    *[(name, r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}) for name in ("downsample", "upsample")],
+    ("downsample", "even", {"x": torch.zeros(3, 2, 4, 5)}),
+    ("downsample", "even", {"x": torch.zeros(3, 2, 5, 4)}),
     *[("attention", "qkv", {"qkv": torch.zeros(shape)}) for shape in ((2, 5), (2, 5, 10))],
     *[("attention", "qkv", {"num_heads": heads}) for heads in (0, 3)],
     *[("randn", "shape", {"shape": shape}) for shape in ((), (1, -1))],
@@ -552,6 +593,9 @@ NONSENSE = [
             "sid_generator_loss": SID,
             "add_noise": ("x", "angle", "sample_ids"),
             "group_norm": ("x", "weight", "bias"),
+            "residual_sum": ("x", "h"),
+            "downsample": ("x",),
+            "upsample": ("x",),
             "attention": ("qkv",),
             "randn": ("sample_ids",),
         }.items()
@@ -566,6 +610,7 @@ NONSENSE = [
     *[("sid_generator_loss", "alpha", value) for value in (None, "1")],
     *[("group_norm", "num_groups", value) for value in (None, 2.0)],
     *[("group_norm", "eps", value) for value in (None, "a")],
+    *[("residual_sum", "scale", value) for value in (None, "1")],
     *[("attention", "num_heads", value) for value in (None, 2.0)],
     *[("randn", "shape", value) for value in (None, 3, (3, 1.5))],
 ]

@@ -181,6 +181,48 @@ def test_every_run_gives_the_same_bits(device, shape, groups, path):
     assert all(map(torch.equal, first, second))
 
 
+# --- a bias of what is normalized ---
+
+
+def biased(x, weight, bias, both, x_bias, groups, silu=True):
+    scale, shift = (None, None) if both is None else both.chunk(2, dim=1)
+    return kernels.group_norm(x, groups, weight, bias, scale=scale, shift=shift, silu=silu, x_bias=x_bias)
+
+
+def biased_in_pytorch(x, weight, bias, both, x_bias, groups, silu):
+    return in_pytorch(x + x_bias[:, None, None], weight, bias, both, groups, silu)
+
+
+@each_path
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_bias_of_x_and_its_gradient(device, shape, groups, path, modulated):
+    leaves = inputs(shape, modulated=modulated, device=device)
+    leaves.append((5 * draw(shape[1], seed=7, device=device)).requires_grad_())
+    ours, exact = results(biased, leaves, groups), on_reference(results, biased, doubled(*leaves), groups)
+    assert worst(ours, exact) < 1e-5
+
+
+@each_path
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_bias_of_x_in_half_precision_is_no_worse_than_pytorch(device, shape, groups, path, dtype):
+    leaves = [*inputs(shape, dtype=dtype, device=device), draw(shape[1], seed=7, dtype=dtype, device=device)]
+    leaves[4].requires_grad_()
+    ours, eager = (results(function, leaves, groups, True) for function in (biased, biased_in_pytorch))
+    assert_no_worse(ours, eager, on_reference(results, biased, doubled(*leaves), groups))
+
+
+@each_path
+def test_a_bias_of_x_takes_no_kernel_of_its_own(device, shape, groups, path):
+    """And no pass: its gradient is made of what is in the registers when dx is written."""
+    leaves = [*inputs(shape, device=device), draw(shape[1], seed=7, device=device).requires_grad_()]
+    (y,), forward = names(lambda: biased(*leaves, groups))
+    assert forward == path["forward"]
+    (found,), backward = names(lambda: gradients(y, leaves))
+    assert backward == path["backward"] + PARAMETERS
+    alone = [*(t.detach() for t in leaves[:4]), leaves[4]]
+    assert torch.equal(*gradients(biased(*alone, groups), alone[4:]), found[4])
+
+
 # --- what runs, and what moves ---
 
 
@@ -229,9 +271,9 @@ def test_large_float32_tiles_are_split_in_the_backward_pass_alone(device):
 def test_images_move_as_often_as_they_must(device, name, forward, backward, dtype):
     """Accesses of x, y, dy and dx over the floor, one each; all else is parameters, statistics and sums."""
     shape, groups, _ = PATHS[name]
-    leaves = inputs(shape, dtype=dtype, device=device)
+    leaves = [*inputs(shape, dtype=dtype, device=device), draw(shape[1], device=device).requires_grad_()]
     image = leaves[0].numel() * dtype.itemsize
-    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    there, back = traffic_of(lambda: biased(*leaves, groups), leaves)
     assert (there.read["x"] + there.written["y"]) / (2 * image) == forward
     assert (back.read["x"] + back.read["dy"] + back.written["dx"]) / (3 * image) == pytest.approx(backward)
     assert max(there.read["y"], back.read["dx"]) == 0
@@ -242,9 +284,9 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
     ("shape", "groups", "forward", "backward"), [((1, 32, 32, 32), 4, 1.00, 1.00), ((1, 48, 64, 64), 8, 1.50, 5 / 3)]
 )
 def test_all_else_that_moves_is_little(device, shape, groups, forward, backward):
-    leaves = inputs(shape, dtype=torch.bfloat16, device=device)
+    leaves = [*inputs(shape, dtype=torch.bfloat16, device=device), draw(shape[1], device=device).requires_grad_()]
     image = 2 * leaves[0].numel()
-    there, back = traffic_of(lambda: normalized(*leaves, groups), leaves)
+    there, back = traffic_of(lambda: biased(*leaves, groups), leaves)
     assert forward < there.total() / (2 * image) < forward + 0.03
     assert backward < back.total() / (3 * image) < backward + 0.03
 
@@ -255,10 +297,10 @@ def test_all_else_that_moves_is_little(device, shape, groups, forward, backward)
 )
 def test_tiles_that_reach_beyond_the_image_touch_nothing_there(device, shape, groups):
     """`traffic` refuses accesses out of range, before they happen."""
-    leaves = inputs(shape, device=device)
+    leaves = [*inputs(shape, device=device), draw(shape[1], seed=7, device=device).requires_grad_()]
     with traffic():
-        found = results(normalized, leaves, groups)
-    assert worst(found, on_float64(leaves, groups)) < 1e-5
+        found = results(biased, leaves, groups)
+    assert worst(found, on_reference(results, biased, doubled(*leaves), groups)) < 1e-5
 
 
 @pytest.mark.interpreter
@@ -269,11 +311,11 @@ def test_tiles_that_reach_beyond_the_image_touch_nothing_there(device, shape, gr
 def test_offsets_have_64_bits(shape, groups, count):
     """Of images, and of what is kept for each sample and channel where that is large too."""
     x, weight, scale = (meta(*size, dtype=torch.bfloat16) for size in (shape, shape[1:2], shape[:2]))
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    x, x_bias = x.contiguous(memory_format=torch.channels_last).requires_grad_(), weight.clone().requires_grad_()
 
     def forward_and_backward():
-        y = kernels.group_norm(x, groups, weight, weight, scale=scale, shift=scale, silu=True)
-        torch.autograd.grad(y, x, torch.empty_like(y))
+        y = kernels.group_norm(x, groups, weight, weight, scale=scale, shift=scale, silu=True, x_bias=x_bias)
+        torch.autograd.grad(y, (x, x_bias), torch.empty_like(y))
 
     large = [one for one in launches(forward_and_backward) if {"x", "dx"} & one.arguments.keys()]
     assert len(large) == count
@@ -289,10 +331,11 @@ def test_opcheck(device, name, modulated):
     shape, groups, _ = PATHS[name]
     x, weight, bias, both = (t if t is None else t.detach() for t in inputs(shape, modulated=modulated, device=device))
     scale, shift = both.chunk(2, dim=1) if modulated else (None, None)
-    opcheck(torch.ops.fastdiff.group_norm.default, (x, weight, bias, scale, shift, groups, 1e-5, True))
-    y, mean, rstd = torch.ops.fastdiff.group_norm(x, weight, bias, scale, shift, groups, 1e-5, True)
-    needed = [True, False, True, modulated, False]
-    arguments = (y.contiguous(), x, mean, rstd, weight, bias, scale, shift, True, needed)
+    forward = (x, weight, bias, scale, shift, bias if modulated else None, groups, 1e-5, True)
+    opcheck(torch.ops.fastdiff.group_norm.default, forward)
+    y, mean, rstd = torch.ops.fastdiff.group_norm(*forward)
+    needed = [True, False, True, modulated, False, modulated]
+    arguments = (y.contiguous(), x, mean, rstd, *forward[1:6], True, needed)
     opcheck(torch.ops.fastdiff.group_norm_backward.default, arguments)
 
 

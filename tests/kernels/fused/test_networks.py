@@ -8,7 +8,7 @@ import torch
 from helpers import on_reference, with_reference
 from operations import draw, error
 
-from fastdiff import samplers
+from fastdiff import samplers, unet
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
@@ -29,13 +29,13 @@ TINY = UNetConfig(
     attention_resolutions=(4,),
     head_width=16,
     middle_attention=False,
-    resample="conv",
 )
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes its time for each program, so none are made to fill a GPU."""
+def as_on_a_gpu(monkeypatch):
+    """With biases left to the kernels; but the interpreter takes its time for each program: none are to fill a GPU."""
+    monkeypatch.setattr(unet, "bias_is_free", lambda x: False)
     monkeypatch.setattr(sys.modules["kernels.fused.group_norm"], "multiprocessors", lambda device: 1)
 
 
@@ -100,7 +100,7 @@ def test_a_guided_ddim_step(device):
 
     ours, used = recorded(sample)
     assert error(ours, on_reference(sample)) < 1e-5
-    assert used == {"affine_update", "group_norm_one_pass", "attention"}
+    assert used == {"affine_update", "group_norm_one_pass", "residual", "resample", "attention"}
 
 
 @pytest.mark.parametrize("recipe", ["teacher", "stage1", "stage2"])
@@ -130,7 +130,8 @@ def test_an_update_of_each_recipe(device, recipe):
     ours, gradients = gradients, []
     loss_there = on_reference(update)
     assert loss_here == pytest.approx(loss_there, rel=1e-5)
-    assert {"affine_update", "regression_loss", "group_norm_one_pass", "group_norm", "attention"} <= used
+    of_networks = {"group_norm_one_pass", "group_norm", "residual", "resample", "attention"}
+    assert {"affine_update", "regression_loss"} | of_networks <= used
     assert len(ours) == len(gradients) > 10
     largest = max(gradient.abs().max() for gradient in gradients)
     for one, other in zip(ours, gradients, strict=True):
