@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU in one call of at most 8 minutes:  benchmarks/gpu_session.sh [--dry-run] [DIR]
-# Tests the kernels and CUDA graphs, measures where our attention beats PyTorch's, and times every benchmark against
-# eager PyTorch, torch.compile and SDPA, and sampling with graphs against sampling without. DIR (results) gets CSV rows,
-# the attention table, the prediction and a log of each part.
+# Everything that needs a GPU in one call of at most 10 minutes:  benchmarks/gpu_session.sh [--dry-run] [DIR]
+# Times updates and samplers with CUDA graphs and without, U-Nets against PyTorch's and diffusers', and every kernel
+# against eager PyTorch, torch.compile and SDPA; measures where our attention beats PyTorch's; tests kernels and graphs.
+# DIR (results) gets rows, the attention table, the prediction and a log of each part. The table of times comes last.
 # --dry-run goes through all parts without a GPU, in Triton's interpreter on tiny shapes, in under 2 minutes.
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -45,16 +45,17 @@ part() { # part NAME SECONDS COMMAND...: run it within its time, keep its output
     [ $status -eq 0 ] || failed+=("$name")
 }
 
-part prediction 30 "$PYTHON" -m benchmarks.roofline --no-occupancy --json "$out/prediction.json"
-part tests 140 "$PYTHON" -m pytest "${tests[@]}"
+# The most important first: the whole has to fit 10 minutes.
 # shellcheck disable=SC2086  # $tiny is one word or none
-part attention 60 "$PYTHON" -m benchmarks.attention_table --out "$out/attention.json" $tiny
+part times 310 "$PYTHON" -m benchmarks.gpu_time --minutes 5 --out "$out" $tiny
+part attention 50 "$PYTHON" -m benchmarks.attention_table --out "$out/attention.json" $tiny
 export FASTDIFF_ATTENTION_TABLE=$out/attention.json # from here on attention chooses by what was measured
-bench=("$PYTHON" -m pytest -o 'python_files=bench_*.py' --benchmark-only --benchmark-columns=median --results "$out" $tiny)
-part sampling 40 "${bench[@]}" benchmarks/bench_graph.py
-part kernels 135 "${bench[@]}" benchmarks/bench_kernels.py
-part unet 75 "${bench[@]}" benchmarks/bench_unet.py
+part tests 110 "$PYTHON" -m pytest "${tests[@]}"
+part kernels 90 "$PYTHON" -m pytest -o 'python_files=bench_*.py' --benchmark-only --benchmark-columns=median \
+    --results "$out" $tiny benchmarks/bench_kernels.py
+part prediction 30 "$PYTHON" -m benchmarks.roofline --no-occupancy --json "$out/prediction.json"
 
+cat "$out/times.log"
 echo "results in $out: $(ls "$out" | tr '\n' ' ')"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "not complete: ${failed[*]}" >&2

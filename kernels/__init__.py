@@ -4,7 +4,7 @@ CUDA tensors run Triton kernels, others the PyTorch reference, or what is faster
 `FASTDIFF_KERNELS=reference|triton` or `with kernels.use("reference"):` forces one. Coefficients and angles are (B,)
 tensors; images are (B, C, H, W) in any floating dtype, read as they are and combined in float32 (float64 where an input
 is float64). Autocast changes none of this, but for `attention`. The Triton kernels have no second derivative and no
-forward-mode one: both raise.
+forward-mode one: both raise. `torch.func.grad` takes them, `torch.func.vmap` gets the reference.
 """
 
 from __future__ import annotations

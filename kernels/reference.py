@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -84,8 +85,10 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu) -> Tenso
     y = F.group_norm(image, num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
-    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
+    y = (F.silu(y) if silu else y).to(x.dtype)
+    if is_batchedtensor(x) or not x.is_contiguous(memory_format=torch.channels_last):  # which vmap cannot ask
+        return y.contiguous()
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The prediction against bytes counted by hand, the CSV rows, and the session script without a GPU."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_table, measuring
+from benchmarks import attention_table, gpu_time, measuring
 
 roofline = pytest.importorskip("benchmarks.roofline", reason="needs Triton", exc_type=ImportError)
 
@@ -149,6 +150,34 @@ def test_times_are_ordered():
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
+def test_a_case_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (case, *_) = gpu_time.cases()
+    eager, graphs = gpu_time.measure_apart(case, 120, "--tiny")
+    assert (eager["contender"], graphs["contender"]) == ("eager", "graphs") and eager["wall_ms"] > 0
+    assert gpu_time.measure_apart(case, 0.1, "--tiny")[-1]["failed"] == "stopped after 0 s"
+    (failed,) = gpu_time.measure_apart("no case", 120, "--tiny")
+    assert "no case" in failed["failed"]
+
+
+def test_a_contender_that_fails_is_a_row(monkeypatch):
+    def fails(device, tiny):
+        raise RuntimeError("no memory\nmore")
+
+    works = {"bad": fails, "good": lambda device, tiny: lambda: None}
+    monkeypatch.setattr(gpu_time, "cases", lambda: {"case": works})
+    bad, good = gpu_time.measure_here("case", True)
+    assert bad["failed"] == "no memory" and "failed" not in good
+    assert "no memory" in gpu_time.table([bad, good])
+
+
+@no_gpu
+@pytest.mark.parametrize(("arguments", "word"), [([], "no GPU"), (["--tiny", "--only", "nothing"], "'nothing'")])
+def test_times_that_cannot_be_had(arguments, word, capsys, tmp_path):
+    assert gpu_time.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert word in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @no_gpu
 def test_attention_table_needs_a_gpu(tmp_path, capsys):
     assert attention_table.main(["--out", str(tmp_path / "table.json")]) == 2
@@ -161,7 +190,7 @@ def session(*arguments: str) -> subprocess.CompletedProcess:
     inner = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")  # of the tests themselves
     environment = {key: value for key, value in os.environ.items() if key not in inner}
     script = REPOSITORY / "benchmarks" / "gpu_session.sh"
-    return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @no_gpu
@@ -175,9 +204,13 @@ def test_dry_session_goes_through_all_parts(tmp_path):
     ended = session("--dry-run", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "DRY RUN" in ended.stdout
-    for name in ("prediction", "tests", "attention", "sampling", "unet", "kernels"):
+    for name in ("times", "attention", "tests", "kernels", "prediction"):
         assert f"{name}: done" in ended.stdout
     with (tmp_path / "benchmarks.csv").open() as file:
         contenders = {row["contender"] for row in csv.DictReader(file)}
-    assert contenders == {"fastdiff", "graph", "eager", "compile", "sdpa"}
+    assert contenders == {"fastdiff", "eager", "compile", "sdpa"}
+    rows = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert {row["case"] for row in rows} == set(gpu_time.cases())
+    assert all(row["wall_ms"] >= row["host_ms"] > 0 for row in rows)
+    assert all(row["contender"] in ended.stdout for row in rows)
     assert (tmp_path / "attention.json").exists() and (tmp_path / "prediction.json").exists()

@@ -23,6 +23,14 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+MODES = {
+    "gradients": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
 def compiled_in_one_piece(function, *arguments):
     """What it gives, and its only graph, as text."""
     graphs = []
@@ -56,24 +64,16 @@ def test_a_unet_on_the_cpu_has_no_graph_breaks(forced, precision):
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max()))
 
 
-def test_a_unet_of_triton_operators_has_no_graph_breaks():
+@pytest.mark.parametrize(("config", "mode"), [(PRESETS["cifar10"], "gradients"), *((SMALL, mode) for mode in MODES)])
+def test_a_unet_of_triton_operators_has_no_graph_breaks(config, mode):
     """Traced on the meta device, where operators allocate and launch nothing."""
     pytest.importorskip("triton")
-    config = PRESETS["cifar10"]
     with torch.device("meta"):
         network = UNet(config)
-    with kernels.use("triton"):
+    with kernels.use("triton"), MODES[mode]():
         out, graph = compiled_in_one_piece(network, *arguments(config, "meta"))
-    assert out.shape == (2, 3, 32, 32)
+    assert out.shape == (2, 3, *config.image_size)
     assert "fastdiff.group_norm" in graph and "fastdiff.attention" in graph
-
-
-MODES = {
-    "gradients": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
-}
 
 
 @pytest.mark.parametrize("wanted", [True, False], ids=["x wants a gradient", "x wants none"])

@@ -698,3 +698,27 @@ def test_use_forces_without_a_block_too(marked_triton):
     finally:
         kernels.use(None)
     assert backend.implementation("attention", QKV) is plain
+
+
+# --- torch.func.vmap ---
+
+
+@pytest.mark.parametrize("name", operations.NAMES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_vmap_gives_what_each_call_gives(name, channels_last):
+    function = operations.operations("cpu")[name]
+    xs = torch.stack([draw(*operations.SHAPE, seed=i, dtype=torch.float32) for i in range(3)])
+    if channels_last:
+        xs = xs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    mapped = torch.func.vmap(torch.func.grad(lambda x: function(x).square().sum()))(xs)
+    each = torch.stack([torch.func.grad(lambda x: function(x).square().sum())(x) for x in xs])
+    torch.testing.assert_close(mapped, each, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(function)(xs), torch.stack([function(x) for x in xs]))
+
+
+@pytest.mark.parametrize("name", operations.NAMES)
+def test_vmap_of_triton_is_refused(name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    with kernels.use("triton"), pytest.raises(kernels.BackendError, match="vmap maps only the reference"):
+        torch.func.vmap(operations.operations("cpu")[name])(torch.zeros(3, *operations.SHAPE))
