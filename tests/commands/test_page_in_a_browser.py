@@ -71,8 +71,15 @@ def pixels(tab, side: str) -> np.ndarray:
 
 
 def marks(tab, side: str) -> list[str]:
-    """Where a side's point is on each of the three curves."""
-    return [mark.get_attribute("transform") for mark in tab.locator(f".mark.{side}").all()]
+    """Where a side's mark is on each of the three plots, which is on one of the curves' points."""
+    places = []
+    for plot in tab.locator("#comparison-0 .plot").all():
+        points = plot.locator("circle[r='2.5']").evaluate_all(
+            "all => all.map((c) => [c.cx, c.cy].map((v) => v.baseVal.value))"
+        )
+        places.append(plot.locator(f".mark.{side}").get_attribute("transform"))
+        assert places[-1] in [f"translate({x:.1f},{y:.1f})" for x, y in points]
+    return places
 
 
 def test_sliders_show_the_picture_that_sampling_makes_and_move_the_marks(opened, made):

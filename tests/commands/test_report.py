@@ -250,6 +250,12 @@ def test_damaged_results_alone_are_one_sentence(run, tmp_path, content):
     assert not Path("report.html").exists()
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "scores.jsonl"])
+def test_a_log_of_something_else_is_one_sentence(run, tmp_path, file):
+    (make_teacher(tmp_path) / file).write_text('{"run": "teacher", "update": 3, "alarms": 5}\n')
+    assert_refused(run("report", tmp_path / "teacher"), tmp_path / "teacher", "leave it out")
+
+
 def test_a_page_that_exists_is_not_replaced_unasked(run, tmp_path):
     one = make_teacher(tmp_path)
     Path("report.html").write_text("mine")

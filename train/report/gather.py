@@ -129,6 +129,15 @@ def _labels(results: dict, left_out: int, drawn: dict | None) -> Iterator[str]:
 
 def run(run: Run, film_bytes: int) -> dict:
     """What a run's folder tells, its pictures in at most so many bytes. Raises UserError where there is no run."""
+    try:
+        return _run(run, film_bytes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{run.folder} has logs or options that are none of fastdiff's ({error!r}): leave it out"
+        ) from None
+
+
+def _run(run: Run, film_bytes: int) -> dict:
     config, found = run.config(), status(run)
     rows, scores = run.metrics.rows(), run.scores.rows()
     start = plot.round_starts(rows)
