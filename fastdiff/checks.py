@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from fastdiff.denoiser import MAX_GUIDANCE, DenoiserConfig, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling
 from fastdiff.schedule import CosineSchedule
+
+BLOCK = 4096  # bytes that a file may take beyond its content
 
 
 def device(name: str) -> None:
@@ -124,6 +127,26 @@ def output(path: Path, overwrite: bool, *, file: bool) -> None:
     if not overwrite and (path.exists() if file else path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {path} already exists: replace it with --overwrite, or choose another name")
     folder(path.parent if file else path)
+
+
+def space(path: Path, count: int, size: int) -> None:
+    """Raises UserError where the drive of a folder has no room for `count` pictures of `size` bytes at most."""
+    needed = count * (size + BLOCK)
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise UserError(
+            f"--out: pictures may take {needed / 2**20:.0f} MiB, and the drive of {path} has {free / 2**20:.0f} MiB "
+            "left: make room there, or choose another one"
+        )
+
+
+def makeable(path: Path) -> None:
+    """Raises UserError for a folder that is not there and could not be made, without making it."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"--out: the folder {path} cannot be made ({there} is a file): choose another one")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out: the folder {there} is not writable: choose another one")
 
 
 def folder(path: Path) -> None:

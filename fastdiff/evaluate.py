@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import checks, cli, data, distributed, metrics
+from fastdiff import checks, cli, data, distributed, files, metrics
 from fastdiff.denoiser import fitted
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
@@ -117,6 +117,7 @@ class Options(SamplingOptions):
     """One or several guidance strengths w."""
     num: int = 10_000
     out: Path = Path("results.json")
+    """Holds the rows that are done at any time."""
 
 
 def main(options: Options) -> None:
@@ -132,15 +133,16 @@ def main(options: Options) -> None:
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     fitted(model, data.load(options.data, "train"), options.checkpoint)
     reference = Reference.load(options.data, device=options.device)
-    rows, sampling = [], options.sampling(model, options.num, guidance=0.0)
+    rows, results = [], {"reference": reference.describe(), "rows": []}
+    sampling = options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num))
+        results["rows"].append(asdict(rows[-1]))
         if distributed.is_first():
-            print(json.dumps(asdict(rows[-1])))
+            print(json.dumps(results["rows"][-1]), flush=True)
+        distributed.first(lambda: files.replace(options.out, json.dumps(results, indent=1) + "\n"))
     if distributed.is_first():
-        results = {"reference": reference.describe(), "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(rows, reference.describe()))
 
 

@@ -118,40 +118,43 @@ class Pair:
 def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
     pair, undistilled = load_models(options)
-    files = _files(options.images)
-    written = {options.out / "strip.png", *(_output(options, file, w) for file in files for w in options.guidance)}
-    if replaced := {path.resolve() for path in written} & {file.resolve() for file in files}:
+    originals = _files(options.images)
+    written = {options.out / "strip.png", *(_output(options, file, w) for file in originals for w in options.guidance)}
+    if replaced := {path.resolve() for path in written} & {file.resolve() for file in originals}:
         raise UserError(
             f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
         )
-    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in files])
+    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in originals])
     checks.output(options.out, options.overwrite, file=False)
-    source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(files))
-    target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(files))
+    checks.space(options.out, len(originals) * len(options.guidance), pictures[0].numel())
+    source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(originals))
+    target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(originals))
     if source is not None and target is not None:
         classes = zip((source, target), (pair.encoder, pair.decoder), strict=True)
         print(f"classes: {' -> '.join(checks.named(int(label[0]), model) for label, model in classes)}")
     batch_size = options.batch_size
-    precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
+    precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(originals), batch_size))
     how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
     goes_back = options.encoder == options.decoder or same_domain(pair.encoder, pair.decoder)
     columns, rows = [pictures], []
     for w in options.guidance:
         columns.append(pair.translate(pictures, source, target, w, **how))
-        for file, image in zip(files, columns[-1], strict=True):
+        for file, image in zip(originals, columns[-1], strict=True):
             figures.save_image(image, _output(options, file, w))
         compared = {"pair": (pair, source)} if goes_back else {}
         if undistilled is not None:
-            own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(files))
+            own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(originals))
             compared["undistilled"] = pair.undistilled(undistilled, w), own
         for name, (one, label) in compared.items():
             error = rmse(one.translate(pictures, label, label, w, **how), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
             print(f"w = {number(w)}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
-    strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
-    figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
-    (options.out / "report.json").write_text(json.dumps({"images": len(files), "rows": rows}, indent=1) + "\n")
-    print(f"{len(files)} pictures × {len(options.guidance)} strengths -> {options.out} (strip.png: originals, each w)")
+        strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
+        figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
+        report = {"images": len(originals), "rows": rows}
+        files.replace(options.out / "report.json", json.dumps(report, indent=1) + "\n")
+    count = f"{len(originals)} pictures × {len(options.guidance)} strengths"
+    print(f"{count} -> {options.out} (strip.png: originals, each w)")
 
 
 def rmse(images: Tensor, others: Tensor) -> float:

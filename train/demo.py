@@ -23,7 +23,7 @@ from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.precision import Precision
 from fastdiff.run import Run
-from train import rounds, sid, stage1, stage2, teacher
+from train import begin, rounds, sid, stage1, stage2, teacher
 from train.batches import ImageBatches
 from train.iteration import WARM_UP, Iteration
 from train.options import LoopOptions
@@ -79,8 +79,10 @@ def demonstrate(options: Options, clock: Clock) -> None:
     """What `main` does, in a folder of which this process is sure."""
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
-    reference = Reference.load(spec, device=options.device)
     recipe = _options(teacher, options, "teacher", data=spec, device=options.device, precision=options.precision)
+    dataset = data.load(spec, "train")
+    begin.check_fit(teacher.RECIPE, teacher.denoiser_config(recipe, dataset), None, dataset, recipe)
+    reference = Reference.load(spec, device=options.device)
     options = replace(options, precision=teacher.settled_precision(recipe))
     train_all(options, spec, clock)
     print(f"[{clock}] scores")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastdiff import checkpoint, data, distributed, figures, files
 from fastdiff.denoiser import Denoiser
+from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.run import Log, Run
 from train import generators
@@ -196,8 +197,8 @@ def preview(denoiser: Denoiser, path: Path, seed: int, *, columns: int = 10, ste
     if distributed.is_first():
         try:
             figures.save_grid(images, path, columns=columns)
-        except OSError as error:
-            files.warn(f"{path} was not written ({error.strerror}); training goes on")
+        except UserError as error:
+            files.warn(f"{error}; training goes on")
     denoiser.train(training)
 
 

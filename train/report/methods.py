@@ -65,7 +65,11 @@ class Method(NamedTuple):
 def panels(
     methods: Iterable[Method], w: float, options: Options, classes: int, *, title: Callable[[Method], str], columns: int
 ) -> list[tuple[str, Tensor]]:
-    """Images of each method under its title: one row a class, one column a noise, the same in every panel."""
+    """Images of each method under its title: one row a class, one column a noise, the same in every panel.
+
+    Of many classes, the first ten: more would be a picture longer than can be drawn.
+    """
+    classes = min(classes, 10)
     labels, ids = torch.arange(classes).repeat_interleave(columns), torch.arange(columns).repeat(classes)
     drawn = []
     for method in methods:
