@@ -29,9 +29,10 @@ class Reference:
     floor: float
 
     @classmethod
-    def load(cls, spec: str, *, device: str = "cpu") -> Reference:
+    def load(cls, spec: str, *, device: str = "cpu", background: str = "white") -> Reference:
         """The training split of a data set. Raises UserError as `metrics.check_scorable` does."""
-        extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
+        extractor = metrics.load_extractor(spec, device=device, background=background)
+        dataset = data.load(spec, "train", background=background)
         first, second = metrics.halves(extractor, dataset)
         return cls(dataset, extractor, first + second, metrics.frechet_distance(first, second))
 
@@ -113,6 +114,8 @@ def table(rows: Sequence[Row], reference: dict) -> str:
 class Options(SamplingOptions):
     data: str = "digits"
     """The data set to compare with; its training split is the reference."""
+    background: str = "white"
+    """What its transparent pictures are laid on: a colour, or none to drop their alpha."""
     guidance: tuple[float, ...] = (0.0,)
     """One or several guidance strengths w."""
     num: int = 10_000
@@ -131,8 +134,8 @@ def main(options: Options) -> None:
     for guidance in options.guidance:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
-    fitted(model, data.load(options.data, "train"), options.checkpoint)
-    reference = Reference.load(options.data, device=options.device)
+    fitted(model, data.load(options.data, "train", background=options.background), options.checkpoint)
+    reference = Reference.load(options.data, device=options.device, background=options.background)
     rows, results = [], {"reference": reference.describe(), "rows": []}
     sampling = options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff import checkpoint, checks, cli, data, figures, files, samplers
 from fastdiff.cli import number
+from fastdiff.data.pictures import check_background, laid_on
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import TEACHER_STEPS
@@ -45,6 +46,8 @@ class Options:
     """An undistilled model, whose reconstruction error with as many network calls is reported beside."""
     resize: bool = False
     """Bring pictures of another size or mode to the models' own; without it they are refused."""
+    background: str = "white"
+    """What transparent pictures are laid on by --resize: a colour, or none to drop their alpha."""
     clip: bool = True
     """Limit the predicted image to [−1, 1] in every step of an undistilled decoder. Distilled ones learned theirs
     without a limit, as encoders do, and give back more with none."""
@@ -124,7 +127,8 @@ def main(options: Options) -> None:
         raise UserError(
             f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
         )
-    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, resize=options.resize) for file in originals])
+    how = {"resize": options.resize, "background": options.background}
+    pictures = torch.stack([load_picture(file, pair.encoder.image_shape, **how) for file in originals])
     checks.output(options.out, options.overwrite, file=False)
     checks.space(options.out, len(originals) * len(options.guidance), pictures[0].numel())
     source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(originals))
@@ -168,6 +172,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     checks.device(options.device)
+    check_background(options.background)
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
     if encoder.image_shape[0] not in MODES:
@@ -198,8 +203,11 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
 
 
-def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Tensor:
-    """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed."""
+def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool, background: str = "white") -> Tensor:
+    """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed.
+
+    background: what a transparent one is laid on where they are; "none" drops its alpha.
+    """
     channels, height, width = shape
     mode = MODES[channels]
     try:
@@ -216,6 +224,9 @@ def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Te
                 f"but the models take {width}×{height} {mode}: "
                 "convert it, or have it done with --resize"
             )
+        picture, transparent = laid_on(background, picture)
+        if transparent:
+            files.warn(f"{file} is transparent in places: it is laid on {background} (--background says on what)")
         picture = picture.convert(mode).resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
     return data.to_float(pixels.permute(2, 0, 1)[None])[0]

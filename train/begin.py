@@ -51,7 +51,7 @@ def diagram() -> str:
 
 
 def training_data(options: LoopOptions) -> data.Dataset:
-    return data.load(options.data, "train")
+    return data.load(options.data, "train", background=options.background)
 
 
 @dataclass(frozen=True)

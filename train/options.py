@@ -50,6 +50,8 @@ class LoopOptions:
     """Published or tried settings, applied before all other options, which override it; default: none of them."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, or a folder, archive or EDM zip of images."""
+    background: str = "white"
+    """What transparent pictures of the data are laid on: a colour (white, #rrggbb), or none to drop their alpha."""
     flip: bool = False
     """Flip half of the images left to right."""
     seed: int = 0
