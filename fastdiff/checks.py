@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from fastdiff.denoiser import MAX_GUIDANCE, DenoiserConfig, is_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling
 from fastdiff.schedule import CosineSchedule
+
+BLOCK = 4096  # bytes that a file may take beyond its content
 
 
 def device(name: str) -> None:
@@ -141,6 +144,26 @@ def replaceable(out: Path, overwrite: bool, *, is_part: Callable[[Path], bool], 
         holds = f"holds {foreign[0]}, which is no part of {what}" if foreign else "already exists"
         instead = "choose another name" if foreign else "replace it with --overwrite, or choose another name"
         raise UserError(f"--out {out} {holds}: {instead}")
+
+
+def space(path: Path, count: int, size: int) -> None:
+    """Raises UserError where the drive of a folder has no room for `count` pictures of `size` bytes at most."""
+    needed = count * (size + BLOCK)
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise UserError(
+            f"--out: pictures may take {needed / 2**20:.0f} MiB, and the drive of {path} has {free / 2**20:.0f} MiB "
+            "left: make room there, or choose another one"
+        )
+
+
+def makeable(path: Path) -> None:
+    """Raises UserError for a folder that is not there and could not be made, without making it."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"--out: the folder {path} cannot be made ({there} is a file): choose another one")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out: the folder {there} is not writable: choose another one")
 
 
 def folder(path: Path) -> None:

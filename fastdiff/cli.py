@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ import tyro
 from fastdiff import distributed, memory
 from fastdiff.errors import UserError
 from kernels import BackendError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def number(value: float) -> str:
@@ -41,6 +44,15 @@ def run(function: Callable[[Any], None], options: type, presets: Mapping[str, Ma
     except (UserError, BackendError) as error:
         if distributed.is_first():
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = error.filename or "a file"
+        print(
+            f"error: {where} was not written ({error.strerror}): make room there, or choose another drive",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import checks, cli, data, distributed, metrics
+from fastdiff import checks, cli, data, distributed, files, metrics
 from fastdiff.denoiser import fitted
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
@@ -30,9 +30,10 @@ class Reference:
     floor: float
 
     @classmethod
-    def load(cls, spec: str, *, device: str = "cpu") -> Reference:
+    def load(cls, spec: str, *, device: str = "cpu", background: str = "white") -> Reference:
         """The training split of a data set. Raises UserError as `metrics.check_scorable` does."""
-        extractor, dataset = metrics.load_extractor(spec, device=device), data.load(spec, "train")
+        extractor = metrics.load_extractor(spec, device=device, background=background)
+        dataset = data.load(spec, "train", background=background)
         first, second = metrics.halves(extractor, dataset)
         return cls(dataset, extractor, first + second, metrics.frechet_distance(first, second))
 
@@ -117,10 +118,13 @@ def table(rows: Sequence[Row], reference: dict) -> str:
 class Options(SamplingOptions):
     data: str = "digits"
     """The data set to compare with; its training split is the reference."""
+    background: str = "white"
+    """What its transparent pictures are laid on: a colour, or none to drop their alpha."""
     guidance: tuple[float, ...] = (0.0,)
     """One or several guidance strengths w."""
     num: int = 10_000
     out: Path = Path("results.json")
+    """Holds the rows that are done at any time."""
 
 
 def main(options: Options) -> None:
@@ -136,22 +140,23 @@ def main(options: Options) -> None:
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     vae = options.decoder(model)
     _check_data(model, vae, options)
-    reference = Reference.load(options.data, device=options.device)
-    rows, sampling = [], options.sampling(model, options.num, guidance=0.0)
+    reference = Reference.load(options.data, device=options.device, background=options.background)
+    rows, results = [], {"reference": reference.describe(), "rows": []}
+    sampling = options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num, vae=vae))
+        results["rows"].append(asdict(rows[-1]))
         if distributed.is_first():
-            print(json.dumps(asdict(rows[-1])))
+            print(json.dumps(results["rows"][-1]), flush=True)
+        distributed.first(lambda: files.replace(options.out, json.dumps(results, indent=1) + "\n"))
     if distributed.is_first():
-        results = {"reference": reference.describe(), "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(rows, reference.describe()))
 
 
 def _check_data(model: nn.Module, vae: Vae | None, options: Options) -> None:
     """Raises UserError for data that the images cannot be compared with."""
-    dataset = data.load(options.data, "train")
+    dataset = data.load(options.data, "train", background=options.background)
     if dataset.latents is not None:
         raise UserError(f"--data {options.data} holds latents: name the images that they were made of")
     if vae is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,40 +11,110 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastdiff import files
 from fastdiff.data import to_uint8
+from fastdiff.errors import UserError
 from fastdiff.metrics import Row
 
+MIN_SIDE, PADDING = 24, 1  # of a grid's images, and between them, in pixels
+LONGEST = {"AVIF": 65_536, "ICO": 256, "JPEG": 65_500, "MPO": 65_500, "WEBP": 16_383} | dict.fromkeys(
+    ("GIF", "PCX", "SGI", "TGA"), 65_535
+)  # pixels of a side, by Pillow's names of formats
 
-def grid(images: Tensor, *, columns: int, padding: int = 1, min_side: int = 24) -> np.ndarray:
+
+def grid(images: Tensor, *, columns: int) -> np.ndarray:
     """(N, C, H, W) in [−1, 1] -> one uint8 picture (rows·h, columns·w, 3), filled row by row.
 
-    Small images are enlarged by a whole factor to at least `min_side` pixels, so that they can be seen.
+    Small images are enlarged by a whole factor to at least `MIN_SIDE` pixels, so that they can be seen.
     """
     pixels = to_uint8(images.detach().cpu()).numpy().transpose(0, 2, 3, 1)
-    factor = -(-min_side // pixels.shape[1])
+    canvas = np.full((*grid_size(len(pixels), *pixels.shape[1:3], columns=columns), 3), 255, np.uint8)
+    factor = _enlarged(pixels.shape[1])
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     if pixels.shape[-1] != 3:
         pixels = pixels[..., :1].repeat(3, axis=-1)
-    count, height, width, _ = pixels.shape
-    rows = -(-count // columns)
-    canvas = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
+    height, width = pixels.shape[1:3]
     for index, picture in enumerate(pixels):
         top, left = (
-            padding + i * (side + padding) for i, side in zip(divmod(index, columns), (height, width), strict=True)
+            PADDING + i * (side + PADDING) for i, side in zip(divmod(index, columns), (height, width), strict=True)
         )
         canvas[top : top + height, left : left + width] = picture
     return canvas
 
 
+def grid_size(count: int, height: int, width: int, *, columns: int) -> tuple[int, int]:
+    """(height, width) of a `grid` of so many images, in pixels."""
+    factor = _enlarged(height)
+    counts = zip((-(-count // columns), columns), (height, width), strict=True)
+    return tuple(number * (factor * side + PADDING) + PADDING for number, side in counts)
+
+
+def _enlarged(height: int) -> int:
+    return -(-MIN_SIDE // height)
+
+
 def save_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
-    """Write `grid` as a picture file."""
-    Image.fromarray(grid(images, columns=columns)).save(path)
+    """Write `grid` as a picture file. Raises UserError where the drive refuses it."""
+    _save_picture(grid(images, columns=columns), Path(path), flush=True)
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """One image (C, H, W) in [−1, 1] as a picture file."""
+    """One image (C, H, W) in [−1, 1] as a picture file. Raises UserError where the drive refuses it."""
     pixels = to_uint8(image[None])[0].cpu().numpy().transpose(1, 2, 0)
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    _save_picture(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, path, flush=False)
+
+
+def _save_picture(pixels: np.ndarray, path: Path, *, flush: bool) -> None:
+    with files.saving(path, flush=flush) as place:
+        Image.fromarray(pixels).save(place, _format(path))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a name ends as those of pictures do, whether or not they can be written."""
+    return _format(path) is not None or (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
+
+
+def _format(path: Path) -> str | None:
+    """Pillow's name of the format that an ending stands for."""
+    return Image.registered_extensions().get(path.suffix.lower())
+
+
+def check_picture(path: Path, height: int, width: int) -> None:
+    """Raises UserError for an ending that Pillow cannot write, and for a picture too large for its format."""
+    name = _format(path)
+    longest = LONGEST.get(name)
+    if longest is not None and max(height, width) > longest:
+        raise UserError(
+            f"--out {path}: the picture would have {width}×{height} pixels, and {path.suffix} files have at most "
+            f"{longest} on a side: choose .png, or draw fewer images"
+        )
+    try:
+        for size in ((width, 1), (1, height)):
+            file = io.BytesIO()
+            Image.new("RGB", size).save(file, name or path.suffix)
+            with Image.open(file) as written:
+                if written.size != size:
+                    raise ValueError("not of that size")
+    except Exception as error:  # encoders raise many types
+        raise UserError(
+            f"--out {path}: Pillow writes no picture of {width}×{height} pixels into {path.suffix} files ({error}): "
+            "choose .png, or for a folder a name without such an ending"
+        ) from None
+
+
+def check_plot(path: Path) -> None:
+    """Raises UserError for an ending that matplotlib cannot write."""
+    from matplotlib.figure import Figure
+
+    endings = sorted(Figure().canvas.get_supported_filetypes().keys() - {"pgf"})  # which needs LaTeX
+    if path.suffix.lower().removeprefix(".") not in endings:
+        raise UserError(f"--out {path}: plots are written as one of {', '.join(endings)}: choose such an ending")
+
+
+def _save_plot(figure, path: str | Path) -> None:
+    path = Path(path)
+    with files.saving(path) as place:
+        figure.savefig(place, dpi=110, format=path.suffix.lower().removeprefix("."))
 
 
 def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, columns: int) -> None:
@@ -55,7 +127,7 @@ def save_panels(panels: Sequence[tuple[str, Tensor]], path: str | Path, *, colum
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
+    _save_plot(figure, path)
 
 
 def plot_quality(rows: Sequence[Row], floor: float, path: str | Path) -> None:
@@ -74,7 +146,7 @@ def plot_quality(rows: Sequence[Row], floor: float, path: str | Path) -> None:
     axes[0][0].set_ylabel("Fréchet distance")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _save_plot(figure, path)
 
 
 def plot_methods(rows: Sequence[Row], floor: float, path: str | Path) -> None:
@@ -99,7 +171,7 @@ def plot_methods(rows: Sequence[Row], floor: float, path: str | Path) -> None:
     axes[0][0].set_ylabel("Fréchet distance")
     axes[1][0].set_ylabel("score")
     _legend_below(figure, axes[0], 0.07)
-    figure.savefig(path, dpi=110)
+    _save_plot(figure, path)
 
 
 def plot_trade_off(rows: Sequence[Row], path: str | Path) -> None:
@@ -127,7 +199,7 @@ def plot_trade_off(rows: Sequence[Row], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("score")
     _legend_below(figure, axes[0], 0.12)
-    figure.savefig(path, dpi=110)
+    _save_plot(figure, path)
 
 
 def _doubling(axis) -> None:
@@ -202,7 +274,7 @@ def plot_curves(rows: Sequence[dict[str, dict[str, Sequence[tuple[float, float]]
     handles = [Line2D([], [], color=color) for color in colors.values()]
     figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
     figure.tight_layout(rect=(0, 0.3 * -(-len(labels) // columns) / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=110)
+    _save_plot(figure, path)
 
 
 def _curve(axis, points: np.ndarray, color: str) -> None:

@@ -17,31 +17,41 @@ from fastdiff.errors import UserError
 
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file, or put this in its place. Raises UserError where the drive refuses it; then nothing has changed."""
+    with saving(path) as place:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def saving(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """`writing`, but raises UserError where the drive refuses it; then nothing has changed."""
     try:
-        with writing(path) as place:
-            place.write_bytes(content.encode() if isinstance(content, str) else content)
+        with writing(path, flush=flush) as place:
+            yield place
     except OSError as error:
         raise UserError(
-            f"{path} was not written ({error.strerror}): make room there, or make the folder writable"
+            f"{path} was not written ({error.strerror or error}): make room there, or make the folder writable"
         ) from error
 
 
 @contextmanager
-def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def writing(path: Path, *, shared: bool = False, flush: bool = True) -> Iterator[Path]:
     """The place beside `path` to write a file into, which takes its place when the block ends, unless by an exception.
 
-    shared: whether several processes may write the same file at once; the last one stays.
+    shared: whether several processes may write the same file at once; the last one stays. flush: have it on the drive
+    before; of many files that each can be made again, the waiting would take longer than all else.
     """
     place = beside(path, f"{uuid.uuid4().hex[:12]}.writing" if shared else "writing")
     try:
         yield place
-        sync(place)
+        if flush:
+            sync(place)
         place.replace(path)
     except BaseException:
         with suppress(OSError):
             place.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if flush:
+        sync(path.parent)
 
 
 def move_into_place(written: Path, folder: Path) -> None:

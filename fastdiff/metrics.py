@@ -180,14 +180,16 @@ def check_scorable(dataset: data.Dataset) -> None:
         )
 
 
-def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None) -> Extractor:
+def load_extractor(
+    spec: str, *, device: str = "cpu", cache: Path | None = None, background: str = "white"
+) -> Extractor:
     """The embedded extractor of a data set: a classifier trained once on its training split, then cached.
 
     Raises UserError as `check_scorable` does.
     """
-    train = data.load(spec, "train")
+    train = data.load(spec, "train", background=background)
     check_scorable(train)
-    train, test = _train_and_test(spec, train)
+    train, test = _train_and_test(spec, train, background)
     cache = cache or Path(os.environ.get("FASTDIFF_CACHE", "~/.cache/fastdiff")).expanduser() / "features"
     path = cache / f"classifier1-{train.name}-{train.fingerprint}.safetensors"
     network = Classifier(train.shape[0], train.shape[1], train.num_classes)
@@ -199,10 +201,10 @@ def load_extractor(spec: str, *, device: str = "cpu", cache: Path | None = None)
     return Extractor(f"classifier1/{train.name}", network, accuracy)
 
 
-def _train_and_test(spec: str, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
+def _train_and_test(spec: str, train: data.Dataset, background: str) -> tuple[data.Dataset, data.Dataset]:
     """A data set's splits; a tenth of the training images is held out where it has no test split."""
     try:
-        return train, data.load(spec, "test")
+        return train, data.load(spec, "test", background=background)
     except data.NoSplitError:
         period = min(10, len(train))
         held = torch.arange(len(train)).numpy() % period == period - 1

@@ -39,6 +39,7 @@ def main(options: Options) -> None:
     """Draw losses, gradient norm, learning rate and Fréchet distance of runs over the images that they trained on."""
     if not options.runs:
         raise UserError("no run is named: fastdiff plot runs/teacher --out curves.png")
+    figures.check_plot(options.out)
     rows = curves(options.runs)
     checks.output(options.out, options.overwrite, file=True)
     figures.plot_curves(rows, options.out)

@@ -88,21 +88,26 @@ class Run:
         another run or something else.
         """
         out = self.folder
-        before = self._before()
-        if before is not None:
-            if overwrite:
-                self._clear()
-            elif resume:
-                self._check_same(before, config, lasting)
-                if config["precision"] == "auto":
-                    config = config | {"precision": precision_of(before, config["options"]["device"])}
-            else:
-                raise UserError(
-                    f"{out} already holds a run: continue it with --resume, replace it with --overwrite, "
-                    "or choose another --out"
-                )
+        before = self.check(resume=resume, overwrite=overwrite)
+        if before is not None and overwrite:
+            self._clear()
+        elif before is not None:
+            self._check_same(before, config, lasting)
+            if config["precision"] == "auto":
+                config = config | {"precision": precision_of(before, config["options"]["device"])}
         checks.folder(out)
         self.write_config(config)
+
+    def check(self, *, resume: bool, overwrite: bool) -> dict | None:
+        """config.json of the run that is here, None for a folder that is empty or can be made. Raises UserError."""
+        before = self._before()
+        if before is not None and not (resume or overwrite):
+            raise UserError(
+                f"{self.folder} already holds a run: continue it with --resume, replace it with --overwrite, "
+                "or choose another --out"
+            )
+        checks.makeable(self.folder)
+        return before
 
     def _before(self) -> dict | None:
         """config.json of the run that is here, None for an empty folder. Raises UserError for anything else."""

@@ -74,7 +74,7 @@ class Options(SamplingOptions):
     labels: tuple[str, ...] = ()
     """Classes by name, or by number, repeated as needed; default: all in turn."""
     out: Path = Path("grid.png")
-    """A picture file for a grid, or a folder for one PNG an image."""
+    """A picture file for a grid, by its ending (.png, .jpg, .webp, .gif, …), or a folder for one PNG an image."""
 
 
 def main(options: Options) -> None:
@@ -84,10 +84,15 @@ def main(options: Options) -> None:
     guidance = _guidance(options)
     for w in sorted(set(options.guidance_range or options.guidance)):
         checks.guidance(model, w)
-    is_grid = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    distributed.first(lambda: _prepare(options, is_grid))
     num, ids = len(guidance), torch.arange(len(guidance)) % options.num
     labels = _labels(options, model)[ids] if model.num_classes or options.labels else None
+    is_grid, columns = figures.is_picture(options.out), _columns(options, model.num_classes)
+    channels, *side = model.image_shape
+    size = figures.grid_size(num, *side, columns=columns)
+    if is_grid:
+        figures.check_picture(options.out, *size)
+    needed = (1, 3 * math.prod(size)) if is_grid else (num, channels * math.prod(side))
+    distributed.first(lambda: _prepare(options, is_grid, *needed))
     sampling = options.sampling(model, num, guidance)
     rows_before, start = model.network_rows, time.perf_counter()
     chunks, written = [], 0
@@ -110,15 +115,16 @@ def main(options: Options) -> None:
     if not distributed.is_first():
         return
     if is_grid:
-        figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=_columns(options, model.num_classes))
+        figures.save_grid(data.to_float(torch.cat(chunks)), options.out, columns=columns)
     print(
         f"{num} images in {sampling.steps} {sampling.sampler} steps, {calls:g} network calls an image, "
         f"{num / seconds:.1f} images/s -> {options.out}"
     )
 
 
-def _prepare(options: Options, is_grid: bool) -> None:
+def _prepare(options: Options, is_grid: bool, count: int, size: int) -> None:
     checks.output(options.out, options.overwrite, file=is_grid)
+    checks.space(options.out.parent if is_grid else options.out, count, size)
     if not is_grid:
         for old in options.out.glob("[0-9]" * 6 + ".png"):
             old.unlink()

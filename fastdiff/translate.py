@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff import checkpoint, checks, cli, data, figures, files, samplers
 from fastdiff.cli import number
+from fastdiff.data.pictures import check_background, laid_on
 from fastdiff.denoiser import Guided, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.generate import TEACHER_STEPS
@@ -47,6 +48,8 @@ class Options(NetworkOptions):
     """An undistilled model, whose reconstruction error with as many network calls is reported beside."""
     resize: bool = False
     """Bring pictures of another size or mode to the models' own; without it they are refused."""
+    background: str = "white"
+    """What transparent pictures are laid on by --resize: a colour, or none to drop their alpha."""
     clip: bool = True
     """Limit the predicted image to [−1, 1] in every step of an undistilled decoder. Distilled ones learned theirs
     without a limit, as encoders do, and give back more with none."""
@@ -123,9 +126,9 @@ def main(options: Options) -> None:
     """Turn pictures of one class into another, by encoding and decoding."""
     enter(options.network_module)
     pair, undistilled = load_models(options)
-    files = _files(options.images)
-    written = {options.out / "strip.png", *(_output(options, file, w) for file in files for w in options.guidance)}
-    if replaced := {path.resolve() for path in written} & {file.resolve() for file in files}:
+    originals = _files(options.images)
+    written = {options.out / "strip.png", *(_output(options, file, w) for file in originals for w in options.guidance)}
+    if replaced := {path.resolve() for path in written} & {file.resolve() for file in originals}:
         raise UserError(
             f"--out {options.out}: a result would replace the original {min(replaced)}: choose another folder"
         )
@@ -134,16 +137,18 @@ def main(options: Options) -> None:
     if shape[0] not in MODES:
         size = "×".join(map(str, shape))
         raise UserError(f"{options.encoder} makes images of {size}, and picture files have 1 or 3 channels")
-    pictures = torch.stack([load_picture(file, shape, resize=options.resize) for file in files])
+    how = {"resize": options.resize, "background": options.background}
+    pictures = torch.stack([load_picture(file, shape, **how) for file in originals])
     codes = pictures if vae is None else vae.encode(pictures.to(options.device)).cpu()
     checks.output(options.out, options.overwrite, file=False)
-    source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(files))
-    target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(files))
+    checks.space(options.out, len(originals) * len(options.guidance), pictures[0].numel())
+    source = _labels(pair.encoder, options.encoder, options.from_label, "--from-label", len(originals))
+    target = _labels(pair.decoder, options.decoder, options.to_label, "--to-label", len(originals))
     if source is not None and target is not None:
         classes = zip((source, target), (pair.encoder, pair.decoder), strict=True)
         print(f"classes: {' -> '.join(checks.named(int(label[0]), model) for label, model in classes)}")
     batch_size = options.batch_size
-    precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(files), batch_size))
+    precision = choose(options.precision, pair.encoder, pair.decoder, batch_size=min(len(originals), batch_size))
     how = {"clip": options.clip, "batch_size": batch_size, "precision": precision}
     goes_back = options.encoder == options.decoder or same_domain(pair.encoder, pair.decoder)
 
@@ -154,20 +159,22 @@ def main(options: Options) -> None:
     columns, rows = [pictures], []
     for w in options.guidance:
         columns.append(translated(pair, source, target, w))
-        for file, image in zip(files, columns[-1], strict=True):
+        for file, image in zip(originals, columns[-1], strict=True):
             figures.save_image(image, _output(options, file, w))
         compared = {"pair": (pair, source)} if goes_back else {}
         if undistilled is not None:
-            own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(files))
+            own = _labels(undistilled, options.compare, options.from_label, "--from-label", len(originals))
             compared["undistilled"] = pair.undistilled(undistilled, w), own
         for name, (one, label) in compared.items():
             error = rmse(translated(one, label, label, w), pictures)
             rows.append({"model": name, "guidance": w, "calls": one.calls(w), "reconstruction_rmse": round(error, 5)})
             print(f"w = {number(w)}: {name}, {one.calls(w)} calls, reconstruction error {error:.4f}")
-    strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
-    figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
-    (options.out / "report.json").write_text(json.dumps({"images": len(files), "rows": rows}, indent=1) + "\n")
-    print(f"{len(files)} pictures × {len(options.guidance)} strengths -> {options.out} (strip.png: originals, each w)")
+        strip = torch.stack([column[:STRIP_ROWS] for column in columns], dim=1).flatten(0, 1)
+        figures.save_grid(strip, options.out / "strip.png", columns=len(columns))
+        report = {"images": len(originals), "rows": rows}
+        files.replace(options.out / "report.json", json.dumps(report, indent=1) + "\n")
+    count = f"{len(originals)} pictures × {len(options.guidance)} strengths"
+    print(f"{count} -> {options.out} (strip.png: originals, each w)")
 
 
 def rmse(images: Tensor, others: Tensor) -> float:
@@ -181,6 +188,7 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     if not options.guidance:
         raise UserError("--guidance needs at least one number")
     checks.device(options.device)
+    check_background(options.background)
     encoder, encoder_steps = _load(options.encoder, "--encoder", options.encoder_steps, options.device)
     decoder, decoder_steps = _load(options.decoder, "--decoder", options.decoder_steps, options.device)
     models = [(encoder, options.encoder, options.from_label, "--from-label")]
@@ -211,8 +219,11 @@ def load_models(options: Options) -> tuple[Pair, nn.Module | None]:
     return Pair(encoder, decoder, encoder_steps, decoder_steps), undistilled
 
 
-def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Tensor:
-    """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed."""
+def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool, background: str = "white") -> Tensor:
+    """A picture file as (C, H, W) in [−1, 1]. Raises UserError where size or mode differ and are not to be changed.
+
+    background: what a transparent one is laid on where they are; "none" drops its alpha.
+    """
     channels, height, width = shape
     mode = MODES[channels]
     try:
@@ -229,6 +240,9 @@ def load_picture(file: Path, shape: tuple[int, int, int], *, resize: bool) -> Te
                 f"but the models take {width}×{height} {mode}: "
                 "convert it, or have it done with --resize"
             )
+        picture, transparent = laid_on(background, picture)
+        if transparent:
+            files.warn(f"{file} is transparent in places: it is laid on {background} (--background says on what)")
         picture = picture.convert(mode).resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
     return data.to_float(pixels.permute(2, 0, 1)[None])[0]

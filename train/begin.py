@@ -52,7 +52,7 @@ def diagram() -> str:
 
 
 def training_data(options: LoopOptions) -> data.Dataset:
-    return data.load(options.data, "train")
+    return data.load(options.data, "train", background=options.background)
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,19 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     """Run or continue a recipe; returns what it learned, None for a dry run. Raises UserError."""
     options.check()
     enter(options.network_module)
+    if not options.dry_run:
+        distributed.first(lambda: check_out(options))
     teacher = _teacher(recipe, options)
     dataset = recipe.data(options)
     if teacher is not None and dataset is not None:
         dataset = fitted(teacher, dataset, options.teacher)
     config = recipe.config(options, teacher, dataset)
-    _check_fit(recipe, config, teacher, dataset, options)
+    check_fit(recipe, config, teacher, dataset, options)
     if options.vae is not None:
         vae.check(options.vae, config)
     if options.dry_run:
         print_plan(recipe, config, options, teacher)
         return None
-    _check_out(options)
     with Run(options.out).held():
         distributed.first(lambda: begin_run(options, describe(recipe, options, dataset, teacher)))
         options = settle_precision(options, lambda: teacher or Denoiser(config).to(options.device))
@@ -137,13 +138,14 @@ def _or(words: list[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
-def _check_fit(
+def check_fit(
     recipe: Recipe,
     config: DenoiserConfig,
     teacher: Denoiser | None,
     dataset: data.Dataset | None,
     options: LoopOptions,
 ) -> None:
+    """Raises UserError for an architecture that does not fit the images, or too few of these."""
     if teacher is None:
         check_buildable(config)
     if dataset is not None and dataset.latents is not None and options.flip:
@@ -173,10 +175,12 @@ def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
 # --- The run's folder ---
 
 
-def _check_out(options: LoopOptions) -> None:
+def check_out(options: LoopOptions) -> None:
+    """Raises UserError where a run cannot begin or go on in its folder, as far as is known before data are read."""
     out, teacher = options.out, getattr(options, "teacher", None)
     if teacher is not None and out.resolve() in (teacher.resolve(), *teacher.resolve().parents):
         raise UserError(f"--out {out} holds the teacher {teacher}: choose another --out")
+    Run(out).check(resume=options.resume, overwrite=options.overwrite)
 
 
 def begin_run(options: LoopOptions, description: dict) -> None:

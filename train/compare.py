@@ -73,15 +73,16 @@ def main(options: Options) -> None:
 
 def compare(options: Options) -> None:
     """What `main` does, in a folder of which this process is sure."""
-    reference = Reference.load(options.preset, device=options.device)
     options = settled(options)
     results = load_results(options)
+    reference = Reference.load(options.preset, device=options.device)
     results["reference"] = reference.describe()
     train_all(options)
     for method in methods(options):
         score(method, options, reference, results)
     if "encoder" in options.methods:
         results["reconstruction"] = reconstruction(options)
+        save_results(options, results)
     draw(results, options, reference)
     save_report(options, results)
     results["timing"] = time_all(options, results["rows"])

@@ -23,7 +23,7 @@ from fastdiff.generate import Sampling, generate
 from fastdiff.losses import regression
 from fastdiff.precision import Precision
 from fastdiff.run import Run
-from train import rounds, sid, stage1, stage2, teacher
+from train import begin, rounds, sid, stage1, stage2, teacher
 from train.batches import ImageBatches
 from train.iteration import WARM_UP, Iteration
 from train.options import LoopOptions
@@ -54,6 +54,8 @@ class Options:
     """digits or fashion-mnist."""
     data: str | None = None
     """Default: the preset's."""
+    background: str = "white"
+    """What transparent pictures of the data are laid on: a colour, or none to drop their alpha."""
     num: int = 1024
     """Samples a score."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,8 +82,11 @@ def demonstrate(options: Options, clock: Clock) -> None:
     """What `main` does, in a folder of which this process is sure."""
     spec = options.data or options.preset
     print(f"[{clock}] data and feature extractor: {spec}")
-    reference = Reference.load(spec, device=options.device)
-    recipe = _options(teacher, options, "teacher", data=spec, device=options.device, precision=options.precision)
+    given = {key: getattr(options, key) for key in ("background", "device", "precision")}
+    recipe = _options(teacher, options, "teacher", data=spec, **given)
+    dataset = begin.training_data(recipe)
+    begin.check_fit(teacher.RECIPE, teacher.denoiser_config(recipe, dataset), None, dataset, recipe)
+    reference = Reference.load(spec, device=options.device, background=options.background)
     options = replace(options, precision=teacher.settled_precision(recipe))
     train_all(options, spec, clock)
     print(f"[{clock}] scores")
@@ -143,8 +148,8 @@ def methods(options: Options) -> list[Method]:
 
 def train_all(options: Options, spec: str, clock: Clock) -> None:
     """Run, continue or reuse the four recipes; each gets its share of the time that is left when it starts."""
-    common = {"data": spec, "device": options.device, "precision": options.precision, "seed": options.seed}
-    dataset = data.load(spec, "train")
+    common = {key: getattr(options, key) for key in ("background", "device", "precision", "seed")} | {"data": spec}
+    dataset = data.load(spec, "train", background=options.background)
 
     recipe = _options(teacher, options, "teacher", **common)
     fresh = Denoiser(teacher.denoiser_config(recipe, dataset)).to(options.device)

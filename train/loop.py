@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastdiff import checkpoint, data, distributed, figures, files
 from fastdiff.denoiser import Denoiser
+from fastdiff.errors import UserError
 from fastdiff.generate import Sampling, generate
 from fastdiff.run import Log, Run
 from fastdiff.vae import Vae, decoder
@@ -205,8 +206,8 @@ def preview(
     if distributed.is_first():
         try:
             figures.save_grid(images, path, columns=columns)
-        except OSError as error:
-            files.warn(f"{path} was not written ({error.strerror}); training goes on")
+        except UserError as error:
+            files.warn(f"{error}; training goes on")
     denoiser.train(training)
 
 

@@ -53,6 +53,8 @@ class LoopOptions(NetworkOptions):
     """Published or tried settings, applied before all other options, which override it; default: none of them."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, or a folder, archive or EDM zip of images, or a file of latents."""
+    background: str = "white"
+    """What transparent pictures of the data are laid on: a colour (white, #rrggbb), or none to drop their alpha."""
     vae: Path | None = None
     """Where models make latents: the folder of the VAE that decodes the pictures of samples; default: no pictures."""
     flip: bool = False

@@ -308,7 +308,7 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, options: Options) ->
     low, high = generator_config(options, teacher).guidance_range or (0.0, 0.0)
     strengths = [w for w in options.score_guidance if low <= w <= high] or [low]
     labelled = dataset is not None and dataset.num_classes > 0
-    reference = Reference.load(options.data, device=options.device) if labelled else None
+    reference = Reference.load(options.data, device=options.device, background=options.background) if labelled else None
     labels = torch.arange(options.score_num) % max(1, teacher.num_classes)
 
     def draw(model, steps: int, sampler: str) -> Tensor:

@@ -172,7 +172,19 @@ def denoiser_config(options: Options, dataset: data.Dataset) -> DenoiserConfig:
         data=dataset.fingerprint,
     )
     begin.check_buildable(config)
+    if not options.resume:  # a run may have begun before this was looked at
+        check_attention(unet)
     return config
+
+
+def check_attention(unet: UNetConfig) -> None:
+    """Raises UserError for resolutions of attention that no level has, where there would be none."""
+    heights = [unet.height(level) for level in range(len(unet.channel_mult))]
+    if missing := [str(height) for height in unet.attention_resolutions if height not in heights]:
+        raise UserError(
+            f"--unet.attention-resolutions {' '.join(missing)}: no level of the network has that height; on these "
+            f"images the levels have {', '.join(map(str, heights))}: choose among these"
+        )
 
 
 RECIPE = begin.Recipe(

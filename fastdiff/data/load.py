@@ -22,7 +22,7 @@ FEW = 5  # classes that are told by name
 _DEBIAN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # of the package dataset-fashion-mnist
 
 
-def load(spec: str | Path, split: str = "train", *, cache: Path | None = None) -> Dataset:
+def load(spec: str | Path, split: str = "train", *, cache: Path | None = None, background: str = "white") -> Dataset:
     """Load a data set by name, folder or file.
 
     spec is one of
@@ -38,7 +38,8 @@ def load(spec: str | Path, split: str = "train", *, cache: Path | None = None) -
     - a .safetensors file of latents, as `fastdiff latents` makes it; all of it is "train".
 
     Folders that hold nothing but one folder, above all of this, do not matter. What was found is printed, with the
-    files that are no part of it. Images are grey (C = 1) when every file is, else RGB. Alpha is dropped, an
+    files that are no part of it. Images are grey (C = 1) when every file is, else RGB. Transparent ones are
+    laid on `background` (a colour as Pillow knows it; "none" drops their alpha), which is told once; an
     animation gives its first frame, EXIF rotation is not applied. Decoded images are kept as one file in `cache`
     (default: $FASTDIFF_CACHE, else ~/.cache/fastdiff/data) until a file's name, size or time changes.
 
@@ -46,12 +47,12 @@ def load(spec: str | Path, split: str = "train", *, cache: Path | None = None) -
     Raises UserError, naming the file, when the data are missing, damaged, of several sizes or mislabelled,
     or have no such split.
     """
-    dataset, left_out = _load(spec, split, cache)
+    dataset, left_out = _load(spec, split, cache, background)
     _tell(dataset, str(spec), left_out)
     return dataset
 
 
-def _load(spec: str | Path, split: str, cache: Path | None) -> tuple[Dataset, str]:
+def _load(spec: str | Path, split: str, cache: Path | None, background: str) -> tuple[Dataset, str]:
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {str(spec)!r}: use one of {', '.join(SPLITS)}")
     if spec == "digits":
@@ -75,7 +76,7 @@ def _load(spec: str | Path, split: str, cache: Path | None) -> tuple[Dataset, st
     if path.is_file() and path.suffix == ".safetensors":
         return latents.load(path, split, name), ""
     if path.is_dir() or path.suffix.lower() == ".zip":
-        return pictures.load(path, split, name, cache)
+        return pictures.load(path, split, name, cache, background)
     raise UserError(f"{path} is not a data set: give {ACCEPTED}")
 
 

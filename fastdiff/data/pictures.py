@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from fastdiff import files
@@ -20,11 +20,12 @@ from fastdiff.data.dataset import Dataset, no_split
 from fastdiff.errors import UserError
 
 _GREY_MODES = ("1", "L", "LA", "La")
-_CACHE_VERSION = 1  # raise it when decoding changes
+_CACHE_VERSION = 2  # raise it when decoding changes
 
 
-def load(path: Path, split: str, name: str, cache: Path | None) -> tuple[Dataset, str]:
+def load(path: Path, split: str, name: str, cache: Path | None, background: str) -> tuple[Dataset, str]:
     """The data set, and what of the folder or zip is no part of it, in words."""
+    check_background(background)
     with _open_tree(path) as tree:
         names, labels, class_names, splits, left_out = arrange(tree)
         if split == "test" and "test" not in splits and "val" in splits:
@@ -33,7 +34,7 @@ def load(path: Path, split: str, name: str, cache: Path | None) -> tuple[Dataset
             part = splits[split]
         else:
             raise no_split(split, path, splits)
-        images = _decoded(tree, names, _cache_folder(cache))
+        images = _decoded(tree, names, _cache_folder(cache), background)
     return Dataset(images[part], labels[part], class_names, name, split), some(left_out) if left_out else ""
 
 
@@ -99,24 +100,24 @@ def _cache_folder(cache: Path | None) -> Path:
     return Path(cache or os.environ.get("FASTDIFF_CACHE") or "~/.cache/fastdiff/data").expanduser()
 
 
-def _decoded(tree: Tree, names: list[str], cache: Path) -> np.ndarray:
+def _decoded(tree: Tree, names: list[str], cache: Path, background: str) -> np.ndarray:
     """uint8 (N, C, H, W) of the images in this order, decoded only if the cache does not have them."""
-    path = cache / f"{_digest(tree, names)}.npy"
+    path = cache / f"{_digest(tree, names, background)}.npy"
     try:
         if not path.is_file():
-            _write_npy(path, *_decode_all(tree, names))
+            _write_npy(path, *_decode_all(tree, names, background))
         return np.load(path, mmap_mode="r")
     except OSError as error:  # of the cache: those of the images have become UserErrors
         warnings.warn(f"cannot keep decoded images in {cache} ({error}); decoding to memory", stacklevel=4)
-    shape, decoded = _decode_all(tree, names)
+    shape, decoded = _decode_all(tree, names, background)
     images = np.empty(shape, dtype=np.uint8)
     for row, image in zip(images, decoded, strict=True):
         row[:] = image
     return images
 
 
-def _digest(tree: Tree, names: list[str]) -> str:
-    digest = hashlib.blake2b(os.fsencode(f"{_CACHE_VERSION} {tree.root.resolve()}"), digest_size=16)
+def _digest(tree: Tree, names: list[str], background: str) -> str:
+    digest = hashlib.blake2b(os.fsencode(f"{_CACHE_VERSION} {background} {tree.root.resolve()}"), digest_size=16)
     for name in names:
         try:
             stat = tree.stat(name)
@@ -155,18 +156,48 @@ def _common_format(tree: Tree, names: list[str]) -> tuple[str, tuple[int, int]]:
     return mode, common
 
 
-def _decode_all(tree: Tree, names: list[str]) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
+def _decode_all(tree: Tree, names: list[str], background: str) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
     """The shape (N, C, H, W) of all images together, and the images one by one, uint8 (C, H, W)."""
     mode, (width, height) = _common_format(tree, names)
     progress = tqdm(names, desc=f"decoding {tree.root.name}", disable=len(names) <= 1000)
     shape = (len(names), len(mode), height, width)  # one letter a channel
-    return shape, (_decode(tree, name, mode) for name in progress)
+    return shape, _decode(tree, progress, mode, background)
 
 
-def _decode(tree: Tree, name: str, mode: str) -> np.ndarray:
-    with _open_image(tree, name) as image:
-        pixels = np.asarray(image.convert(mode))
-    return np.atleast_3d(pixels).transpose(2, 0, 1)
+def _decode(tree: Tree, names: Iterable[str], mode: str, background: str) -> Iterator[np.ndarray]:
+    transparent = 0
+    for name in names:
+        with _open_image(tree, name) as image:
+            image, covered = laid_on(background, image)
+            pixels = np.asarray(image.convert(mode))
+        transparent += covered
+        yield np.atleast_3d(pixels).transpose(2, 0, 1)
+    if transparent:
+        files.warn(
+            f"{transparent} pictures of {tree.root} are transparent in places: they are laid on {background} "
+            "(--background says on what; none drops their alpha)"
+        )
+
+
+def check_background(background: str) -> None:
+    """Raises UserError for what is no colour."""
+    try:
+        background == "none" or ImageColor.getrgb(background)
+    except ValueError:
+        raise UserError(
+            f"--background {background}: not a colour; give a name such as white, #rrggbb, or none to drop alpha"
+        ) from None
+
+
+def laid_on(background: str, image: Image.Image) -> tuple[Image.Image, bool]:
+    """A picture without transparency, and whether there was any. background: a colour, or none for what lies under."""
+    if background == "none" or not image.has_transparency_data:
+        return image, False
+    image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    if image.getextrema()[3][0] == 255:
+        return image, False
+    canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
+    return Image.alpha_composite(canvas, image), True
 
 
 def _write_npy(path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray]) -> None:

@@ -246,6 +246,18 @@ def test_network_that_does_not_fit_the_images(run, tmp_path):
     assert_refused(result, "--unet", "6×6")
 
 
+@pytest.mark.parametrize("asked", [["16"], ["8", "4", "2"]])
+def test_attention_where_no_level_is_is_refused(run, runs, tmp_path, asked):
+    """It was once left out without a word; models that were made so still load, and their runs go on."""
+    given = [*SMALL, *NET, "1", "--unet.head-width", "8", "--unet.attention-resolutions", *asked]
+    result = run("teacher", "--out", "o", *given)
+    assert_refused(result, f"--unet.attention-resolutions {asked[-1]}", "the levels have 8, 4")
+    assert not Path("o").exists()
+    unet = replace(TINY, attention_resolutions=(16,))
+    checkpoint.save(tmp_path / "old", Denoiser(DenoiserConfig(unet)))
+    assert checkpoint.load(tmp_path / "old").config.unet == unet
+
+
 def test_evaluate_needs_labels(run, tmp_path):
     write_images(tmp_path / "images", classes=())
     config = DenoiserConfig(replace(TINY, image_channels=3, num_classes=0))

@@ -415,12 +415,12 @@ def test_every_image_format(tmp_path, ending):
 def test_grey_stays_one_channel_unless_mixed(tmp_path):
     grey = write_image(tmp_path / "flat" / "a.png", (4, 6))
     alpha = write_image(tmp_path / "flat" / "b.png", (4, 6, 2))
-    dataset = load(tmp_path / "flat")
+    dataset = load(tmp_path / "flat", background="none")
     assert dataset.shape == (1, 4, 6)
     assert (dataset.images[:, 0] == [grey, alpha[..., 0]]).all()
 
-    colour = write_image(tmp_path / "flat" / "c.png", (4, 6, 4))  # RGBA: alpha is dropped, not blended
-    dataset = load(tmp_path / "flat")
+    colour = write_image(tmp_path / "flat" / "c.png", (4, 6, 4))
+    dataset = load(tmp_path / "flat", background="none")  # alpha is dropped, not blended
     assert dataset.shape == (3, 4, 6)
     assert (dataset.images[0] == grey).all()
     assert (dataset.images[2] == colour[..., :3].transpose(2, 0, 1)).all()

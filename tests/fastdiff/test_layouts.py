@@ -18,6 +18,7 @@ from fastdiff import data, evaluate, metrics
 from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted
 from fastdiff.errors import UserError
 from fastdiff.generate import Sampling
+from fastdiff.translate import load_picture
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +296,64 @@ def test_a_name_that_stands_twice_in_a_zip_is_refused(tmp_path):
             archive.writestr(info, picture())
     with pytest.raises(UserError, match=r"twice.zip holds a/1.png more than once"):
         data.load(path)
+
+
+# --- transparent pictures ---
+
+
+def transparent(mode):
+    """A picture of one colour with four columns that are ever more opaque."""
+    alpha = np.tile(np.array([0, 51, 204, 255], np.uint8), (4, 1))
+    if mode == "P":
+        image = Image.fromarray(np.tile(np.array([0, 1, 1, 1], np.uint8), (4, 1)), "P")
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        image.info["transparency"] = 0
+        return image
+    colour = (10, 20, 30) if mode == "RGBA" else (10,)
+    bands = [np.full((4, 4), value, np.uint8) for value in colour]
+    return Image.fromarray(np.stack([*bands, alpha], -1), mode)
+
+
+@pytest.mark.parametrize("background", ["white", "#400000", "none"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_are_laid_on_the_background(mode, background, tmp_path, capsys):
+    """Alpha was once dropped, so that they had whatever colour is stored under it."""
+    (tmp_path / "set").mkdir()
+    transparent(mode).save(tmp_path / "set/a.png")
+    Image.new("L" if mode == "LA" else "RGB", (4, 4)).save(tmp_path / "set/b.png")
+    found = data.load(tmp_path / "set", background=background).images[0].astype(float)
+    under = {"white": (255, 255, 255), "#400000": (64, 0, 0)}.get(background)
+    alpha = np.array([0, 255, 255, 255] if mode == "P" else [0, 51, 204, 255]) / 255
+    for channel, values in enumerate(found):
+        colour = 10 * (1 + channel) if mode != "P" else np.array([0, *[10 * (1 + channel)] * 3])
+        behind = under and (under[channel] if mode != "LA" else {"white": 255, "#400000": 19}[background])
+        expected = colour if under is None else alpha * colour + (1 - alpha) * behind
+        assert np.abs(values - expected).max() <= 1.01, (channel, values, expected)
+    told = capsys.readouterr().err
+    assert told.count("\n") == (under is not None) and ("1 pictures of" in told) == (under is not None)
+    data.load(tmp_path / "set", background=background)
+    assert capsys.readouterr().err == "", "it is told once"
+
+
+def test_an_alpha_that_is_opaque_everywhere_says_nothing(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(np.dstack([pixels, np.full((4, 4), 255, np.uint8)])).save(tmp_path / "set/a.png")
+    assert (data.load(tmp_path / "set").images[0] == pixels.transpose(2, 0, 1)).all()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_background_that_is_no_colour_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--background whte: not a colour"):
+        data.load(folder(tmp_path / "set", "1.png"), background="whte")
+
+
+def test_a_translated_picture_is_laid_on_the_background(tmp_path, capsys):
+    transparent("RGBA").save(tmp_path / "a.png")
+    found = load_picture(tmp_path / "a.png", (3, 4, 4), resize=True, background="#ff0000")
+    assert found[:, 0, 0].tolist() == [1, -1, -1] and "a.png is transparent" in capsys.readouterr().err
+    with pytest.raises(UserError, match="4×4 RGBA"):
+        load_picture(tmp_path / "a.png", (3, 4, 4), resize=False)
 
 
 # --- a model's classes and the data's: their names decide ---

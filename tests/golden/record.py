@@ -26,13 +26,13 @@ FEW = "--updates 6 --save-every 3 --log-every 2 --batch-size 16 --device cpu --s
 EDM = "--schedule karras --parameterization edm --weight edm --noise-levels lognormal"
 ROUNDS = f"{FEW} --start-steps 4 --end-steps 1 --last-updates 4"
 RUNS = {
-    "teacher": f"train.teacher {TINY} 4 {FEW} --ema 0.9 --flip --unet.dropout 0.1",
+    "teacher": f"train.teacher {TINY} {FEW} --ema 0.9 --flip --unet.dropout 0.1",
     "attending": f"train.teacher {TINY} 8 --unet.head-width 8 {FEW} --ema 0 --accumulate 2",
-    "checkpointing": f"train.teacher {TINY} 4 {FEW} --ema 0.9 --gradient-checkpointing --weight-decay 0.1",
-    "bf16": f"train.teacher {TINY} 4 {FEW} --precision bf16 --anneal none",
-    "edm": f"train.teacher {TINY} 4 {FEW} {EDM}",
-    "eps": f"train.teacher {TINY} 4 {FEW} --schedule linear-beta --parameterization eps",
-    "unlabelled": f"train.teacher {TINY} 4 {FEW} --no-labels",
+    "checkpointing": f"train.teacher {TINY} {FEW} --ema 0.9 --gradient-checkpointing --weight-decay 0.1",
+    "bf16": f"train.teacher {TINY} {FEW} --precision bf16 --anneal none",
+    "edm": f"train.teacher {TINY} {FEW} {EDM}",
+    "eps": f"train.teacher {TINY} {FEW} --schedule linear-beta --parameterization eps",
+    "unlabelled": f"train.teacher {TINY} {FEW} --no-labels",
     "stage1": f"train.stage1 --teacher teacher {FEW}",
     "fixed": f"train.stage1 --teacher teacher {FEW} --guidance-range 1 1 --no-clip --weight snr_trunc",
     "stage2": f"train.stage2 --teacher stage1 {ROUNDS}",
