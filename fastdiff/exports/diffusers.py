@@ -108,6 +108,7 @@ class _Table(NamedTuple):
 
 
 def write(generator: Generator, folder: Path) -> None:
+    """The folder of a pipeline, for a generator that `check` lets through."""
     import diffusers
 
     unet, table = generator.config.unet, _table(generator)

@@ -26,6 +26,7 @@ LARGEST = 2**31 - 2**24  # bytes of weights in one file, which cannot be longer 
 
 
 def write(generator: Generator, folder: Path) -> None:
+    """model.onnx, and model.onnx.data where weights are larger than one file can be."""
     import onnx
 
     model = unrolled(_step(generator), generator)

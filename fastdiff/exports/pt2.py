@@ -18,6 +18,7 @@ FILE = "model.pt2"
 
 
 def write(generator: Generator, folder: Path) -> None:
+    """model.pt2."""
     program = traced(generator, compare.inputs(generator, 2))
     torch.export.save(program, folder / FILE)
 
