@@ -29,6 +29,7 @@ the weights of the one without, and more, which at first should change nothing. 
 of its last layer have twice as many rows; a network may know one output alone, and so do its students then. Labels are
 dropped here: a network that drops some itself while it trains learns another thing than it is asked.
 """
+OURS = tuple(NETWORKS)
 TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
 
@@ -220,10 +221,10 @@ class Pair(nn.Module):
 def unfilled(config: DenoiserConfig) -> Denoiser:
     """A denoiser whose weights are still to come, by `fill`. Raises ValueError for what cannot be built.
 
-    Our U-Net is built on the meta device, where it needs no memory; others on the CPU, as they may have buffers that
-    are not saved.
+    Our own networks are built on the meta device, where they need no memory; others on the CPU, as they may have
+    buffers that are not saved.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if config.network == "unet" else "cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if config.network in OURS else "cpu"):
         return Denoiser(config)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import checkpoint, data, distributed, vae
-from fastdiff.denoiser import Denoiser, DenoiserConfig, fitted, unfilled
+from fastdiff.denoiser import OURS, Denoiser, DenoiserConfig, fitted, unfilled
 from fastdiff.errors import UserError
 from fastdiff.networks import enter
 from fastdiff.precision import agreed, check
@@ -269,10 +269,10 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
 def activation_bytes(config: DenoiserConfig, batch_size: int, options: LoopOptions) -> int:
     """Bytes that one forward pass saves for its backward pass, counted on the meta device (autocast ignored).
 
-    Of other networks than ours, which may need a device that computes, with one image.
+    Of other networks than our own, which may need a device that computes, with one image.
     """
     denoiser = unfilled(config)
-    rows = batch_size if config.network == "unet" else 1
+    rows = batch_size if config.network in OURS else 1
     with next(denoiser.parameters()).device:
         z = torch.zeros(rows, *denoiser.image_shape)
         angle = torch.ones(rows)
