@@ -163,12 +163,13 @@ def main(options: Options) -> None:
 
 def _score_on_features(options: Options, model: nn.Module, vae: Vae | None) -> None:
     """Write the scores on the features of a given network."""
-    extractor = Extractor(options.features, options.device)
+    made = model.image_shape if vae is None else vae.image_shape(model.image_shape)
+    extractor = Extractor(options.features, made, options.device)
     dataset = _comparable(model, vae, options) if options.reference is None else None
     real = score.Real(extractor, dataset, options.reference)
     sampling, rows = options.sampling(model, options.num, guidance=0.0), []
     how = {"num": options.num, "decode": decoder(vae), "saved": options.out}
-    how["key"] = score.key_of(options.checkpoint, model.config, extractor, dataset, options.vae)
+    how["key"] = score.key_of(model, extractor, dataset, options.vae)
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(score.score(model, extractor, real, one, **how))

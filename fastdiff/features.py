@@ -25,9 +25,12 @@ COMPARED = 10_000  # images of each kind, at most, of which precision and recall
 
 
 class Extractor:
-    """The network in a TorchScript file. Raises UserError for any other file."""
+    """The network in a TorchScript file, for images (C, H, W) of a shape. Raises UserError for any other file.
 
-    def __init__(self, path: Path, device: str = "cpu"):
+    It is tried on one image, so that what it does not take is known before any are made.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], device: str = "cpu"):
         self.path, self.device = path, device
         try:
             self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -39,12 +42,13 @@ class Extractor:
         asked = "return_features" in [argument.name for argument in self.network.forward.schema.arguments]
         self.how = {"return_features": True} if asked else {}  # NVIDIA's Inception returns classes otherwise
         self.name = f"{path.name} (SHA-256 {self.sha256[:12]}…)"
+        self.width = self(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Of images uint8 (N, C, H, W), grey or colour: (N, D) float32 on the CPU. Raises UserError where it cannot."""
         found = []
-        for part in images.split(AT_A_TIME):
+        for part in images.split(AT_A_TIME) if len(images) else ():
             try:
                 made = self.network(part.expand(-1, 3, -1, -1).contiguous().to(self.device), **self.how)
             except Exception as error:
@@ -52,7 +56,7 @@ class Extractor:
             if not isinstance(made, Tensor) or made.ndim < 2 or len(made) != len(part):
                 raise UserError(f"--features {self.path} returns no features (N, D), one row an image")
             found.append(made.flatten(1).float().cpu())
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.empty(0, self.width)
 
     def of_dataset(self, dataset: data.Dataset) -> Tensor:
         """(N, D) of all images of a data set; several processes take a part each."""

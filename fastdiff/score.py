@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdiff import data, distributed, features, files
-from fastdiff.denoiser import DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.features import Extractor, Gaussian
 from fastdiff.generate import Sampling, generate
@@ -23,20 +23,20 @@ PASS = 5000  # images between two saves
 
 
 class Real:
-    """What generated images are compared with: an npz of mu and sigma, or a data set, whose features are then known."""
+    """What generated images are compared with: an npz of mu and sigma, or a data set, whose features are then known.
+
+    Raises UserError for moments of features of another width.
+    """
 
     def __init__(self, extractor: Extractor, dataset: data.Dataset | None, reference: Path | None):
         self.features = None if dataset is None else extractor.of_dataset(dataset)
         self.labels = None if dataset is None or not dataset.num_classes else torch.from_numpy(dataset.labels)
         self.gaussian = Gaussian.load(reference) if dataset is None else Gaussian.of(self.features)
         self.name = str(reference) if dataset is None else f"{dataset.name}, {dataset.split}: {len(dataset)} images"
-
-    def check_width(self, found: Tensor, extractor: Extractor) -> None:
-        """Raises UserError where the reference is of other features."""
-        if found.shape[1] != len(self.gaussian.mean):
+        if len(self.gaussian.mean) != extractor.width:
             raise UserError(
                 f"--reference {self.name} is of {len(self.gaussian.mean)} features, and --features {extractor.path} "
-                f"returns {found.shape[1]}: give those that belong together"
+                f"returns {extractor.width}: give those that belong together"
             )
 
     def chosen_labels(self, num: int) -> Tensor | int:
@@ -61,7 +61,8 @@ def score(
     """
     sampling = sampling.settled(model.config)
     told = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance, "seed": sampling.seed}
-    digest = hashlib.sha256(json.dumps([key, told, num, PASS, sampling.clip, sampling.variance]).encode()).hexdigest()
+    how = {key: value for key, value in asdict(sampling).items() if key not in ("batch_size", "graph")}
+    digest = hashlib.sha256(json.dumps([key, how, num, PASS]).encode()).hexdigest()
     labels = real.chosen_labels(num) if model.num_classes else num
     rows, made, seconds, parts = model.network_rows, 0, 0.0, []
     for number, ids in enumerate(torch.arange(num).split(PASS)):
@@ -71,12 +72,10 @@ def score(
             start = time.perf_counter()
             of = labels[ids] if isinstance(labels, Tensor) else _in_turn(ids, model)
             found = torch.cat(list(_features(model, of, ids, sampling, extractor, decode)))
-            real.check_width(found, extractor)
             seconds, made = seconds + time.perf_counter() - start, made + len(ids)
             distributed.first(lambda place=place, found=found: _write(place, found))
         parts.append(found)
     generated = torch.cat(parts)
-    real.check_width(generated, extractor)
     calls = int(distributed.total(torch.tensor(model.network_rows - rows)))
     row = told | {
         "nfe": calls / made if made else None,
@@ -124,15 +123,14 @@ def forget(saved: Path) -> None:
         place.unlink()
 
 
-def key_of(
-    checkpoint: Path, config: DenoiserConfig, extractor: Extractor, dataset: data.Dataset | None, vae: Path | None
-) -> str:
+def key_of(model: nn.Module, extractor: Extractor, dataset: data.Dataset | None, vae: Path | None) -> str:
     """What generated features depend on, beside how they are drawn."""
-    weights = sorted(checkpoint.glob("**/manifest.json"))
-    told = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
-    return json.dumps(
-        [told, config.to_dict(), extractor.sha256, None if dataset is None else dataset.fingerprint, str(vae)]
-    )
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    real = None if dataset is None else dataset.fingerprint
+    return json.dumps([weights.hexdigest(), model.config.to_dict(), extractor.sha256, real, str(vae)])
 
 
 def table(rows: list[dict], name: str) -> str:
