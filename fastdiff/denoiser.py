@@ -34,6 +34,7 @@ the weights of the one without, and more, which at first should change nothing. 
 of its last layer have twice as many rows; a network may know one output alone, and so do its students then. Labels are
 dropped here: a network that drops some itself while it trains learns another thing than it is asked.
 """
+OURS = tuple(NETWORKS)
 TIMES = ("angle", "log-sigma", "step", "nearest-step")
 KINDS = ("teacher", "stage1", "stage2", "encoder", "two_student", "sid")
 
@@ -249,7 +250,7 @@ def blank(config: DenoiserConfig) -> Denoiser:
     Networks of one's own are built on the CPU, as their code may need values. Raises UserError that names a tensor of
     one that no checkpoint would bring back.
     """
-    if config.network == "unet":
+    if config.network in OURS:
         with torch.device("meta"):
             return Denoiser(config)
     with torch.random.fork_rng(devices=[]):

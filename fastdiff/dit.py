@@ -41,7 +41,6 @@ class DiT(nn.Module):
         self.config, self.gradient_checkpointing = config, False
         width, patch = config.channels, config.patch_size
         self.patches = nn.Conv2d(config.image_channels, width, patch, stride=patch)
-        self.register_buffer("positions", positions(config.image_size[0] // patch, width), persistent=False)
         if config.guidance_input:
             features = nn.Linear(2 * GUIDANCE_FREQUENCIES, width)
             self.guidance_mlp = nn.Sequential(features, nn.SiLU(), zeroed(nn.Linear(width, width)))
@@ -57,12 +56,13 @@ class DiT(nn.Module):
         strength = 0.0
         if config.guidance_input:
             strength = self.guidance_mlp(guidance_features(torch.zeros_like(time) if guidance is None else guidance))
-        h = self.patches(z).flatten(2).transpose(1, 2) + self.positions  # (B, tokens, width)
+        side = config.image_size[0] // config.patch_size
+        h = self.patches(z).flatten(2).transpose(1, 2)  # (B, tokens, width)
+        h = h + positions(side, config.channels, z.device)
         for block in self.blocks:
             h = self._run(block, h, times, label, strength)
         shift, scale = self.modulate(F.silu(self.blocks[0].embed(times, label) + strength)).chunk(2, dim=1)
         h = self.project(_normed(h, shift, scale, EPS)).transpose(1, 2)  # a channel's patch after the other's
-        side = config.image_size[0] // config.patch_size
         return F.pixel_shuffle(h.unflatten(2, (side, side)), config.patch_size).float()
 
     def _run(self, block: Block, *inputs: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ class Block(nn.Module):
         return h + gate2[:, None] * self.narrow(dropped(wide, self.dropout))
 
 
-def positions(side: int, width: int) -> Tensor:
+def positions(side: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """(1, side², width): sines and cosines of each token's column, then of its row, at width/4 frequencies."""
-    place = torch.arange(side, dtype=torch.float64)
-    rates = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    place = torch.arange(side, dtype=torch.float64, device=device)
+    rates = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
     phase = place[:, None] * rates
     waves = torch.cat([phase.sin(), phase.cos()], dim=1)  # (side, width / 2)
     by_column = waves[None].expand(side, -1, -1)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff import checks, cli, data, distributed, files, metrics
+from fastdiff import checks, cli, data, distributed, files, metrics, score
 from fastdiff.denoiser import fitted
 from fastdiff.errors import UserError
+from fastdiff.features import Extractor
 from fastdiff.generate import Sampling, generate
 from fastdiff.metrics import Row, find
 from fastdiff.sample import SamplingOptions
@@ -123,6 +124,13 @@ class Options(SamplingOptions):
     guidance: tuple[float, ...] = (0.0,)
     """One or several guidance strengths w."""
     num: int = 10_000
+    features: Path | None = None
+    """A network for the features, as a TorchScript file that takes uint8 (N, 3, H, W), such as the Inception of FID;
+    default: a classifier of --data, trained once. Interrupted, the same command goes on."""
+    reference: Path | None = None
+    """With --features: an npz with mu and sigma of the real images, instead of --data."""
+    fid: bool = False
+    """Say that --features and the real images are those of FID, so that the distance is called so."""
     out: Path = Path("results.json")
     """Holds the rows that are done at any time."""
 
@@ -139,7 +147,12 @@ def main(options: Options) -> None:
         checks.guidance(model, guidance)
     distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     vae = options.decoder(model)
-    _check_data(model, vae, options)
+    if options.features is not None:
+        _score_on_features(options, model, vae)
+        return
+    if options.reference is not None or options.fid:
+        raise UserError("--reference and --fid are of the features of a given network: name it by --features")
+    _comparable(model, vae, options)
     reference = Reference.load(options.data, device=options.device, background=options.background)
     rows, results = [], {"reference": reference.describe(), "rows": []}
     sampling = options.sampling(model, options.num, guidance=0.0)
@@ -154,14 +167,37 @@ def main(options: Options) -> None:
         print(table(rows, reference.describe()))
 
 
-def _check_data(model: nn.Module, vae: Vae | None, options: Options) -> None:
-    """Raises UserError for data that the images cannot be compared with."""
+def _score_on_features(options: Options, model: nn.Module, vae: Vae | None) -> None:
+    """Write the scores on the features of a given network."""
+    made = model.image_shape if vae is None else vae.image_shape(model.image_shape)
+    extractor = Extractor(options.features, made, options.device)
+    dataset = _comparable(model, vae, options) if options.reference is None else None
+    real = score.Real(extractor, dataset, options.reference)
+    sampling, rows = options.sampling(model, options.num, guidance=0.0), []
+    how = {"num": options.num, "decode": decoder(vae), "saved": options.out}
+    how["key"] = score.key_of(model, extractor, dataset, options.vae)
+    for guidance in options.guidance:
+        one = replace(sampling, guidance=guidance)
+        rows.append(score.score(model, extractor, real, one, **how))
+        if distributed.is_first():
+            print(json.dumps(rows[-1]))
+    if not distributed.is_first():
+        return
+    name = "FID" if options.fid else "distance"
+    about = {"distance": name, "features": extractor.name, "real": real.name, "checkpoint": str(options.checkpoint)}
+    files.replace(options.out, json.dumps({"reference": about, "rows": rows}, indent=1) + "\n")
+    score.forget(options.out)
+    print(score.table(rows, name))
+    print(f"{name} on the features of {extractor.name}, against {real.name}")
+
+
+def _comparable(model: nn.Module, vae: Vae | None, options: Options) -> data.Dataset:
+    """The data that images are compared with. Raises UserError where they cannot be."""
     dataset = data.load(options.data, "train", background=options.background)
     if dataset.latents is not None:
         raise UserError(f"--data {options.data} holds latents: name the images that they were made of")
     if vae is None:
-        fitted(model, dataset, options.checkpoint)
-        return
+        return fitted(model, dataset, options.checkpoint)
     made = vae.image_shape(model.image_shape)
     if tuple(dataset.shape) != made or model.num_classes not in (0, dataset.num_classes):
         raise UserError(
@@ -169,6 +205,7 @@ def _check_data(model: nn.Module, vae: Vae | None, options: Options) -> None:
             f"{'×'.join(map(str, dataset.shape))}, but {options.checkpoint} has {model.num_classes} and, by "
             f"--vae {options.vae}, makes {'×'.join(map(str, made))}: give --data the set that it was trained on"
         )
+    return dataset
 
 
 if __name__ == "__main__":
