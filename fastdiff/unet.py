@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
+from fastdiff.cast import as_autocast
 
 GUIDANCE_FREQUENCIES = 32  # per cosine and sine, geometric between the two below, in radians per unit of w
 GUIDANCE_SLOWEST, GUIDANCE_FASTEST = 0.05, 10.0
@@ -186,18 +188,21 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        embedding = F.silu(self.embed(time, label, guidance))
+        with as_autocast(self, z.device) as weights:
+            return self._forward(z, F.silu(self.embed(time, label, guidance)), weights)
+
+    def _forward(self, z: Tensor, embedding: Tensor, weights: AbstractContextManager) -> Tensor:
         if self.config.patch_size > 1:
             z = F.pixel_unshuffle(z, self.config.patch_size)
         h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
-        skips = [h]
+        run, skips = partial(self._run, embedding=embedding, weights=weights), [h]
         for stage in self.encoder:
-            h = self._run(stage, h, embedding)
+            h = run(stage, h)
             skips.append(h)
         for stage in self.middle:
-            h = self._run(stage, h, embedding)
+            h = run(stage, h)
         for stage in self.decoder:
-            h = self._run(stage, h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1), embedding)
+            h = run(stage, h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1))
         out = self.conv_out(self.norm_out(h, silu=True))  # channels-last; shuffling pixels ends that on some devices
         return (F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out).float()
 
@@ -221,11 +226,16 @@ class UNet(nn.Module):
             embedding = embedding + self.guidance_mlp(guidance_features(guidance))
         return embedding
 
-    def _run(self, stage: Stage, h: Tensor, embedding: Tensor) -> Tensor:
+    def _run(self, stage: Stage, h: Tensor, embedding: Tensor, weights: AbstractContextManager) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
+
+            def with_weights(h: Tensor, embedding: Tensor) -> Tensor:
+                with weights:
+                    return stage(h, embedding)
+
             # What is dropped is kept, not drawn again: the generator cannot be set back where a CUDA graph is recorded.
             drops = {"context_fn": KEEP_DROPPED} if self.training and stage.drops() else {}
-            return checkpoint(stage, h, embedding, use_reentrant=False, preserve_rng_state=False, **drops)
+            return checkpoint(with_weights, h, embedding, use_reentrant=False, preserve_rng_state=False, **drops)
         return stage(h, embedding)
 
 
