@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from fastdiff import data
+from fastdiff import cast, data
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
@@ -97,7 +97,7 @@ KINDS = {  # kind -> words, of which one is in the name of the operation or of o
     "convolutions": ("convolution",),
     "matrix products": ("mm",),
     "attention": ("attention",),
-    "casts": ("_to_copy", "cast"),
+    "casts": ("_to_copy", "_foreach_copy_"),
     "dropout": ("dropout",),
     "pooling, upsampling": ("pool", "sample"),
     "concatenation": ("cat",),
@@ -219,6 +219,15 @@ class LikeCUDA(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.weights: dict[int, Tensor] = {}
+        self.on = mock.patch.object(cast, "autocast_dtype", lambda device: HALF)
+
+    def __enter__(self):
+        self.on.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.on.stop()
 
     def _cast(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dtype == HALF:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -13,9 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import kernels
+from fastdiff.cast import as_autocast, is_whole
 
 GUIDANCE_FREQUENCIES = 32  # per cosine and sine, geometric between the two below, in radians per unit of w
 GUIDANCE_SLOWEST, GUIDANCE_FASTEST = 0.05, 10.0
+# What a stage is given of time, label and guidance: their embedding (B, 4·channels), or what it would make of that:
+# scale and shift (B, width), or a shift alone.
+Condition = Tensor | tuple[Tensor, ...]
 KEEP_DROPPED = partial(create_selective_checkpoint_contexts, [torch.ops.aten.native_dropout.default])
 
 
@@ -188,18 +195,22 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, time: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        embedding = F.silu(self.embed(time, label, guidance))
+        with as_autocast(self, z.device) as weights:
+            return self._forward(z, F.silu(self.embed(time, label, guidance)), weights)
+
+    def _forward(self, z: Tensor, embedding: Tensor, weights: AbstractContextManager) -> Tensor:
         if self.config.patch_size > 1:
             z = F.pixel_unshuffle(z, self.config.patch_size)
         h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
-        skips = [h]
+        conditions, skips = self._conditions(embedding), [h]
         for stage in self.encoder:
-            h = self._run(stage, h, embedding)
+            h = self._run(stage, h, next(conditions), weights)
             skips.append(h)
         for stage in self.middle:
-            h = self._run(stage, h, embedding)
+            h = self._run(stage, h, next(conditions), weights)
         for stage in self.decoder:
-            h = self._run(stage, h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1), embedding)
+            x = h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1)
+            h = self._run(stage, x, next(conditions), weights)
         out = self.conv_out(self.norm_out(h, silu=True))  # channels-last; shuffling pixels ends that on some devices
         return (F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out).float()
 
@@ -219,12 +230,31 @@ class UNet(nn.Module):
             embedding = embedding + self.guidance_mlp(guidance_features(guidance))
         return embedding
 
-    def _run(self, stage: Stage, h: Tensor, embedding: Tensor) -> Tensor:
+    def _conditions(self, embedding: Tensor) -> Iterator[Condition]:
+        """What each stage is given of the embedding: itself, or the stage's part of one product for all of them."""
+        blocks = [stage.block for stage in (*self.encoder, *self.middle, *self.decoder)]
+        layers = [block.embed for block in blocks if isinstance(block, ResidualBlock)]
+        if not (fuses(embedding) and all(is_whole(layer.weight) for layer in layers)):
+            yield from [embedding] * len(blocks)
+            return
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        parts = 2 if self.config.scale_shift else 1
+        sizes = [layer.out_features // parts for layer in layers for _ in range(parts)]
+        pieces = iter(F.linear(embedding, weight, bias).split(sizes, dim=1))
+        for block in blocks:
+            yield tuple(islice(pieces, parts if isinstance(block, ResidualBlock) else 0))
+
+    def _run(self, stage: Stage, h: Tensor, condition: Condition, weights: AbstractContextManager) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
+
+            def with_weights(h: Tensor, condition: Condition) -> Tensor:
+                with weights:
+                    return stage(h, condition)
+
             # What is dropped is kept, not drawn again: the generator cannot be set back where a CUDA graph is recorded.
             drops = {"context_fn": KEEP_DROPPED} if self.training and stage.drops() else {}
-            return checkpoint(stage, h, embedding, use_reentrant=False, preserve_rng_state=False, **drops)
-        return stage(h, embedding)
+            return checkpoint(with_weights, h, condition, use_reentrant=False, preserve_rng_state=False, **drops)
+        return stage(h, condition)
 
 
 class Stage(nn.Module):
@@ -244,8 +274,8 @@ class Stage(nn.Module):
     def drops(self) -> bool:
         return isinstance(self.block, ResidualBlock) and self.block.dropout.p > 0
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.block(x, embedding)
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        h = self.block(x, condition)
         return h if self.attention is None else self.attention(h)
 
 
@@ -262,14 +292,14 @@ class ResidualBlock(nn.Module):
         projected = channels != out or (resample is not None and config.resample_skip_conv)
         self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
         h, bias = _without_bias(self.conv1, _resample(self.norm1(x, silu=True), self.resample))
-        modulation = self.embed(embedding)
+        if isinstance(condition, Tensor):
+            condition = self.embed(condition).chunk(2 if self.scale_shift else 1, dim=1)
         if self.scale_shift:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(h, scale, shift, silu=True, x_bias=bias)
+            h = self.norm2(h, *condition, silu=True, x_bias=bias)
         else:
-            h = self.norm2(h + modulation[:, :, None, None], silu=True, x_bias=bias)
+            h = self.norm2(h + condition[0][:, :, None, None], silu=True, x_bias=bias)
         h, h_bias = _without_bias(self.conv2, dropped(h, self.dropout))
         x, x_bias = _without_bias(self.skip, _resample(x, self.resample))
         return kernels.residual_sum(x, h, x_bias=x_bias, h_bias=h_bias, scale=self.residual_scale)
@@ -284,7 +314,7 @@ class ResamplingConv(nn.Module):
         stride, padding = (1, 1) if self.up else (2, 0 if self.asymmetric else 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
         if self.up:
             return self.conv(_resample(x, "up"))
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -370,14 +400,14 @@ def _resample(x: Tensor, direction: str | None) -> Tensor:
     return kernels.upsample(x) if direction == "up" else x
 
 
-def bias_is_free(x: Tensor) -> bool:
-    """Whether a convolution adds its bias without a pass of its own, as on a CPU; else the next operation does it."""
-    return x.is_cpu
+def fuses(x: Tensor) -> bool:
+    """Whether launches and passes over memory are to be saved, as on a GPU."""
+    return not x.is_cpu
 
 
 def _without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution of x, or the like, and its bias, if that is still to be added."""
-    if isinstance(layer, nn.Identity) or bias_is_free(x):
+    """A convolution of x, or the like, and its bias, if that is left to the next operation, which it costs nothing."""
+    if isinstance(layer, nn.Identity) or not fuses(x):
         return layer(x), None
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight), layer.bias

@@ -403,8 +403,8 @@ def test_edm_cifar10_architecture_has_its_published_size():
     "changes",
     [{}, {"residual_scale": 0.5**0.5, "scale_shift": False, "resample_skip_conv": True}],
 )
-def test_biases_that_the_next_operation_adds_change_nothing(monkeypatch, changes):
-    """As on a GPU; nor do they change the gradients."""
+def test_what_is_fused_on_a_gpu_changes_nothing(monkeypatch, changes):
+    """Nor the gradients."""
     network = randomise(UNet(replace(SMALL, **changes)))
     z, time = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7])
 
@@ -413,7 +413,7 @@ def test_biases_that_the_next_operation_adds_change_nothing(monkeypatch, changes
         return out, *torch.autograd.grad(out.square().mean(), [*network.parameters()], allow_unused=True)
 
     here = results()
-    monkeypatch.setattr(unet, "bias_is_free", lambda x: False)
+    monkeypatch.setattr(unet, "fuses", lambda x: True)
     for one, other in zip(here, results(), strict=True):
         largest = 0.0 if one is None else float(one.detach().abs().max())
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)

@@ -34,8 +34,8 @@ TINY = UNetConfig(
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """With biases left to the kernels; but the interpreter takes its time for each program: none are to fill a GPU."""
-    monkeypatch.setattr(unet, "bias_is_free", lambda x: False)
+    """With all that is fused there; but the interpreter takes its time for each program: none are to fill a GPU."""
+    monkeypatch.setattr(unet, "fuses", lambda x: True)
     monkeypatch.setattr(sys.modules["kernels.fused.group_norm"], "multiprocessors", lambda device: 1)
 
 
