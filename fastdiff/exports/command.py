@@ -58,6 +58,8 @@ class Options:
 def main(options: Options) -> None:
     """Put a whole generator into one file or folder, as others serve it."""
     exporter = _exporter(options)
+    if options.out.suffix in (".onnx", ".pt2"):
+        raise UserError(f"--out {options.out}: an export is a folder, for its card lies beside it: name one")
     is_ours = card.is_ours(options.out)
     checks.replaceable(
         options.out, options.overwrite, is_part=lambda path: is_ours and path.name in PARTS, what="an export"

@@ -79,7 +79,8 @@ def test_a_process_ends_with_one_sentence(processes, name):
 def test_help(run, name):
     result = run(name, "--help")
     assert result.code == 0 and not result.err
-    assert ("--device" in result.out or name in ("status", "plot", "report", "import")) and "usage" in result.out
+    without = ("status", "plot", "report", "import", "export")
+    assert ("--device" in result.out or name in without) and "usage" in result.out
     through = run("fastdiff", name, "--help")
     assert (through.code, through.out) == (0, result.out)
 
@@ -99,7 +100,7 @@ def test_unknown_command(run):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_unknown_option(run, name):
-    source = ["folder"] if name == "import" else []  # else that is what it misses first
+    source = ["folder"] if name in ("import", "export") else []  # else that is what it misses first
     result = run(name, *source, "--nonsense", "1")
     assert result.code == 2 and "--nonsense" in result.err and "Traceback" not in result.err
 
