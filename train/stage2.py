@@ -38,6 +38,8 @@ def loss(options: Options, teacher: Denoiser) -> rounds.RoundLoss:
 
     def of_round(student: Denoiser, batch: Batch, *, teacher: Denoiser, steps: int) -> Tensor:
         how = {"guidance_range": limits, "weight": options.weight, "sampler": options.sampler}
+        if teacher.config.parameterization == "eps":
+            how["clip"] = teacher.config.limit
         return regression.stage2(student, teacher, batch, steps=steps, **how)
 
     return of_round

@@ -89,12 +89,14 @@ def stage2(
     guidance_range: tuple[float, float] | None,
     weight: str = "snr_trunc",
     sampler: str = "ddim",
+    clip: float | None = None,
 ) -> Tensor:
     """One step of an N-step student against two DDIM steps of its teacher; t = i/N, i ~ U{1..N} ([GD] algorithm 2).
 
-    sampler: "ddim", or "stochastic" for that sampler's steps, twice as long ([GD] alg. 3). The teacher's x̂ is not
-    clipped: its errors around a limit of the range would all come to lie on one side, and each round would add to that
-    bias. The x̂ that the student learns is a convex combination of its teacher's two.
+    sampler: "ddim", or "stochastic" for that sampler's steps, twice as long ([GD] alg. 3). clip: limit on the teacher's
+    x̂, for one that predicts ε, whose error is multiplied in x̂. Others' is not clipped: errors around a limit of the
+    range would all come to lie on one side, and each round would add to that bias. The x̂ that the student learns is a
+    convex combination of its teacher's two.
     """
     index = torch.floor(batch.uniform(TIME) * steps) + 1  # (B,) in 1..N
     if sampler not in HALF_STEPS:
@@ -102,7 +104,7 @@ def stage2(
     half = HALF_STEPS[sampler]
     a, m, e = (student.schedule.angle((index - back).clamp(min=0) / steps) for back in (0, half, 2 * half))
     m, e = (torch.where(index <= back, 0.0, angle) for back, angle in ((half, m), (2 * half, e)))
-    return _two_steps(student, teacher, batch, (a, m, e), batch.guidance(guidance_range), weight)
+    return _two_steps(student, teacher, batch, (a, m, e), batch.guidance(guidance_range), weight, clip)
 
 
 def encoder(
@@ -127,14 +129,20 @@ def _two_steps(
     angles: tuple[Tensor, Tensor, Tensor],
     w: Tensor | None,
     weight: str,
+    clip: float | None = None,
 ) -> Tensor:
     """The student at angle a against its teacher's two steps a -> m -> e in one; m = e = 0 makes them one."""
+
+    def of_teacher(z: Tensor, angle: Tensor) -> Tensor:
+        v = velocity(teacher, z, angle, batch.label, w)
+        return v.apply(z) if clip is None else v.clipped(z, angle, clip)
+
     a, m, e = angles
     z, _ = batch.noised(a)
     with torch.no_grad():
-        v1 = velocity(teacher, z, a, batch.label, w).apply(z)
+        v1 = of_teacher(z, a)
         z1 = rotation.rotate(z, v1, a - m)
-        v2 = velocity(teacher, z1, torch.where(m > 0, m, a), batch.label, w).apply(z1)  # without effect where m = 0
+        v2 = of_teacher(z1, torch.where(m > 0, m, a))  # without effect where m = 0
     c_z, c_1, c_2 = rotation.two_step_target(a, m, e)
     return _regression(student, z, a, batch.label, w, Affine(v1, c_z, c_1, v2, c_2), weight)
 

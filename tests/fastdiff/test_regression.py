@@ -208,6 +208,24 @@ def test_two_outputs_are_compared_as_the_velocity_that_they_make(weight):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
+def test_two_steps_of_a_limited_teacher():
+    """Both steps take the limited x̂; where it lies within the limit, nothing changes."""
+    sched = LinearBetaSchedule()
+    student, data = denoiser(schedule=sched, seed=1), batch()
+    teacher = denoiser(parameterization="eps", schedule=sched)
+    how = {"steps": 8, "guidance_range": None, "weight": "v"}
+
+    def limited(z, angle, label, w):
+        x = rotation.x_from_velocity(z, teacher(z, angle, label, w), angle).clamp(-1, 1)
+        return rotation.velocity_from_x(z, x, angle)
+
+    free = regression.stage2(student, teacher, data, **how)
+    found = regression.stage2(student, teacher, data, clip=1.0, **how)
+    assert_same(found, regression.stage2(student, limited, data, **how))
+    assert not torch.allclose(found, free)
+    assert_same(regression.stage2(student, teacher, data, clip=1e6, **how), free)
+
+
 class GuidedInside(nn.Module):
     """A student that has learned its teacher by heart."""
 
