@@ -293,7 +293,8 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        h, bias = _without_bias(self.conv1, _resample(self.norm1(x, silu=True), self.resample))
+        h, x = self.norm1(x, silu=True, fork=True)
+        h, bias = _without_bias(self.conv1, _resample(h, self.resample))
         if isinstance(condition, Tensor):
             condition = self.embed(condition).chunk(2 if self.scale_shift else 1, dim=1)
         if self.scale_shift:
@@ -332,7 +333,8 @@ class Attention(nn.Module):
         self.project = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
+        h, x = self.norm(x, fork=True)
+        tokens = h.flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
         h, bias = _without_bias(self.project, kernels.attention(self.packed(self.qkv(tokens)), self.heads))
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])
         return kernels.residual_sum(x, h, h_bias=bias, scale=self.residual_scale)
@@ -360,8 +362,9 @@ class GroupNorm(nn.Module):
         shift: Tensor | None = None,
         silu: bool = False,
         x_bias: Tensor | None = None,
-    ) -> Tensor:
-        given = {"scale": scale, "shift": shift, "silu": silu, "x_bias": x_bias}
+        fork: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        given = {"scale": scale, "shift": shift, "silu": silu, "x_bias": x_bias, "fork": fork}
         return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, **given)
 
 

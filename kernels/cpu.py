@@ -66,6 +66,10 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     return way(x, num_groups, weight, bias, eps, scale, shift, silu, training)
 
 
+def group_norm_fork(x, *arguments, **options) -> tuple[Tensor, Tensor]:
+    return group_norm(x, *arguments, **options), x
+
+
 def _chunks_pay(visits: int, size: int, large: bool, dtype: torch.dtype, training: bool, plain: bool) -> bool:
     """Whether `_GroupNorm` is faster than PyTorch, in x's dtype and in float32.
 

@@ -2,7 +2,7 @@
 
 from .affine_update import add_noise, affine_update
 from .attention import attention
-from .group_norm import group_norm
+from .group_norm import group_norm, group_norm_fork
 from .philox import rand, randn
 from .regression_loss import affine_regression_loss
 from .resample import downsample, upsample
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "downsample",
     "group_norm",
+    "group_norm_fork",
     "rand",
     "randn",
     "residual_sum",

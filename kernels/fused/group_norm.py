@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import reference
-from .common import load, store
+from .common import load, rows_of, store
 from .group_norm_one_pass import one_pass_backward_kernel, one_pass_kernel
 from .group_norm_split import (
     apply_kernel,
@@ -28,7 +28,7 @@ from .group_norm_split import (
     stats_kernel,
     sums_kernel,
 )
-from .launch import differentiable, launch, multiprocessors, needs_reference, operator
+from .launch import differentiable, last, launch, multiprocessors, needs_reference, only_gradient_wanted, operator
 
 # One-pass tiles.
 LARGEST = 16384  # elements
@@ -196,10 +196,14 @@ def normalized_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     x_bias: Tensor | None,
+    also: Tensor | None,
     silu: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The gradients of those of x, weight, bias, scale, shift, x_bias that are needed, in their dtypes."""
+    """The gradients of those of x, weight, bias, scale, shift, x_bias that are needed, in their dtypes.
+
+    also: a gradient of x's shape that is added to that of x.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x) if needed[0] or needed[-1] else None
     small = [
@@ -210,6 +214,7 @@ def normalized_backward(
         given = _arguments(x, mean, rstd, weight, bias, scale, shift, x_bias, silu)
         given |= {"dy": dy.contiguous(memory_format=torch.channels_last), "dx": dx}
         given |= {name: x.new_empty(x.shape[:2], dtype=torch.float32) for name in ("sum_g", "sum_gx")}
+        given["also"], given["also_pitch"] = (None, 0) if also is None else rows_of(also)
         given |= _backward(x, mean.shape[1], given, needed[-1])
         if any(needed[1:]):
             given |= dict(zip(("d_weight", "d_bias", "d_scale", "d_shift", "d_x_bias"), small, strict=True))
@@ -245,10 +250,30 @@ def _backward(x: Tensor, num_groups: int, given: dict[str, object], sum_wanted: 
 def _saved(arguments, results):
     x, weight, bias, scale, shift, x_bias, _, _, silu = arguments
     _, mean, rstd = results
-    return (x, mean, rstd, weight, bias, scale, shift, x_bias), (silu,)
+    return (x, mean, rstd, weight, bias, scale, shift, x_bias, None), (silu,)
 
 
 _group_norm = differentiable(normalized, normalized_backward, _saved, inputs=6)
+
+
+class _Fork(torch.autograd.Function):
+    """(y, x): what else is done with x then gives its gradient here, where the sum costs one read."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        y, *statistics = normalized(*arguments)
+        (*tensors, _), (ctx.silu,) = _saved(arguments, (y, *statistics))
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return y, arguments[0]
+
+    @staticmethod
+    def backward(ctx, dy, also):
+        needed = list(ctx.needs_input_grad[:6])
+        if dy is None:
+            return also, *[None] * 8
+        gradients = iter(last(normalized_backward, dy, *ctx.saved_tensors, also, ctx.silu, needed))
+        return *[next(gradients) if need else None for need in needed], None, None, None
 
 
 def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, x_bias, silu) -> Tensor:
@@ -256,5 +281,13 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, x_bias, silu) 
     if needs_reference(x, weight, bias, *given.values()) or x.numel() == 0:
         return reference.group_norm(x, num_groups, weight, bias, eps, **given, silu=silu)
     rows = x.contiguous(memory_format=torch.channels_last)
-    y, _, _ = _group_norm(rows, weight, bias, scale, shift, x_bias, num_groups, eps, silu)
+    y, _, _ = _group_norm(rows, weight, bias, *given.values(), num_groups, eps, silu)
     return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def group_norm_fork(x, num_groups, weight, bias, eps, *, scale, shift, x_bias, silu) -> tuple[Tensor, Tensor]:
+    given = {"scale": scale, "shift": shift, "x_bias": x_bias}
+    plain = needs_reference(x, weight, bias, *given.values()) or x.numel() == 0
+    if plain or not (x.is_contiguous(memory_format=torch.channels_last) and only_gradient_wanted(x)):
+        return group_norm(x, num_groups, weight, bias, eps, **given, silu=silu), x
+    return _Fork.apply(x, weight, bias, *given.values(), num_groups, eps, silu)

@@ -147,6 +147,8 @@ def one_pass_backward_kernel(
     sum_g,  # (B, channels) float32: Σ g
     sum_gx,  # (B, channels) float32: Σ g·x̂
     sum_dx,  # (B, channels) float32: Σ dx; None: not needed
+    also,  # (B, pixels, channels), rows `also_pitch` elements apart: a gradient to be added to dx; or None
+    also_pitch,
     dy,
     x,
     mean,
@@ -182,7 +184,10 @@ def one_pass_backward_kernel(
         mean_g = _to_columns(_sum_groups(gain * of_g, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
         mean_gx = _to_columns(_sum_groups(gain * of_gx, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
         gradient = input_gradient(xhat, g, r, gain, mean_g, mean_gx)
-        store(dx + start, at, gradient, mask)
         if sum_dx is not None:
             of_dx = tl.sum(tl.where(mask, gradient, 0.0), axis=0)
             tl.store(sum_dx + sample.to(tl.int64) * channels + channel, of_dx, mask=inside)
+        if also is not None:
+            apart = tl.arange(0, ROWS)[:, None] * also_pitch + channel[None, :]
+            gradient += load(also + sample.to(tl.int64) * pixels * also_pitch, apart, mask)
+        store(dx + start, at, gradient, mask)

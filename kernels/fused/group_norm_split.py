@@ -239,6 +239,8 @@ def combine_sums_kernel(
 def input_gradient_kernel(
     dx,
     sum_dx,  # (B·tiles, channels) float32: Σ dx; None: not needed
+    also,  # (B, pixels, channels), rows `also_pitch` elements apart: a gradient to be added to dx; or None
+    also_pitch,
     dy,
     x,
     mean,
@@ -274,9 +276,12 @@ def input_gradient_kernel(
         at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
         xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
         gradient = input_gradient(xhat, g, r, gain, of_g, of_gx)
-        store(dx + start, at, gradient, mask)
         if sum_dx is not None:
             of_dx += tl.where(mask, gradient, 0.0)
+        if also is not None:
+            apart, _ = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, also_pitch, ROWS)
+            gradient += load(also + sample.to(tl.int64) * pixels * also_pitch, apart, mask)
+        store(dx + start, at, gradient, mask)
     if sum_dx is not None:
         at = (sample.to(tl.int64) * tiles + tile) * channels + channel
         tl.store(sum_dx + at, tl.sum(of_dx, axis=0), mask=inside)
