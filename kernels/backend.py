@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 
 from . import cpu, reference
 
@@ -65,12 +64,12 @@ def implementation(operation: str, tensor: Tensor) -> Callable:
                 f"{operation}: the triton backend was asked for, but the tensors are on the CPU: move them to a GPU, "
                 "choose reference, or start Python with TRITON_INTERPRET=1 to interpret the kernels (slow)"
             )
-        if name == "triton" and is_batchedtensor(tensor):
+        if name == "triton" and reference.is_mapped(tensor):
             raise BackendError(
                 f"{operation}: torch.func.vmap maps only the reference, and the triton one was asked for"
             )
         order = (name,)
-    elif is_batchedtensor(tensor):
+    elif reference.is_mapped(tensor):
         order = ()
     elif tensor.is_cpu:  # asking for the name of the device takes many times as long
         order = ("cpu",)

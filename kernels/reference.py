@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -79,6 +79,15 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha: float) -> Tensor:
     return (difference * residual).flatten(1).sum(1) / norm
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether `torch.func.vmap` hides a dimension of it, be it below another transform."""
+    while torch._C._are_functorch_transforms_active() and is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
+
+
 def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=None) -> Tensor:
     dtype = _working_dtype(x)
     image = _biased(x, x_bias, dtype).contiguous()  # a CPU's statistics of channels-last float32 images lose digits
@@ -86,7 +95,7 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     if scale is not None:
         y = torch.addcmul(shift.to(dtype)[:, :, None, None], y, 1 + scale.to(dtype)[:, :, None, None])
     y = (F.silu(y) if silu else y).to(x.dtype)
-    if is_batchedtensor(x) or not x.is_contiguous(memory_format=torch.channels_last):  # which vmap cannot ask
+    if is_mapped(x) or not x.is_contiguous(memory_format=torch.channels_last):  # which vmap cannot ask
         return y.contiguous()
     return y.contiguous(memory_format=torch.channels_last)
 

@@ -62,7 +62,7 @@ def draw(sample, tmp_path):
         result = sample(name, "--out", folder, *arguments)
         assert result.code == 0, result.err
         pictures = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
-        return np.stack(pictures), result.out
+        return np.stack(pictures), result.out.splitlines()[-1]
 
     return draw_
 

@@ -8,6 +8,7 @@ import gc
 import inspect
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -243,7 +244,9 @@ def test_the_commands_pass_it_on(command, on, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "generate", reached)
     monkeypatch.setattr(sample.SamplingOptions, "load", lambda self: model)
-    reference = evaluate.Reference(evaluate.data.load("digits", "train"), None, None, 0.0)
+    dataset, nothing = evaluate.data.load("digits", "train"), mock.MagicMock(accuracy=0.0)
+    nothing.score.return_value = 0.0
+    reference = evaluate.Reference(dataset, nothing, nothing, 0.0)
     monkeypatch.setattr(evaluate.Reference, "load", lambda *args, **kwargs: reference)
     with pytest.raises(Reached) as ended:
         command.main(command.Options(checkpoint=tmp_path, out=tmp_path / "new.png", graph=on, device="cpu"))

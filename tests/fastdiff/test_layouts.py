@@ -206,7 +206,7 @@ LAYOUTS = {  # the first column: how to make one, shape, classes, images of each
 def test_the_guide_has_these_layouts():
     guide = (Path(__file__).parents[2] / "docs/guide/data.md").read_text()
     rows = re.findall(r"^\| (.*?) \|", guide.partition("\n\n| `--data`")[2], re.MULTILINE)
-    assert rows == list(LAYOUTS)
+    assert [row for row in rows if "latents" not in row] == list(LAYOUTS)  # which have tests of their own
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
