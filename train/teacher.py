@@ -182,8 +182,8 @@ def check_attention(unet: UNetConfig) -> None:
     heights = [unet.height(level) for level in range(len(unet.channel_mult))]
     if missing := [str(height) for height in unet.attention_resolutions if height not in heights]:
         raise UserError(
-            f"--unet.attention-resolutions {' '.join(missing)}: no level of the network has that height; on these "
-            f"images the levels have {', '.join(map(str, heights))}: choose among these"
+            f"--unet.attention-resolutions {' '.join(missing)}: no level has that height; on these images "
+            f"the levels have {', '.join(map(str, heights))}: choose among these"
         )
 
 

@@ -395,10 +395,11 @@ def test_sid_loss_of_a_perfect_generator_is_finite():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("modulated", [False, True])
-def test_group_norm_is_norm_then_modulation_then_silu(modulated, silu, channels_last):
+@pytest.mark.parametrize("mean", [2.0, -1e4])
+def test_group_norm_is_norm_then_modulation_then_silu(mean, modulated, silu, channels_last):
     norm = nn.GroupNorm(4, 12, eps=1e-3).double()
     norm.weight.data, norm.bias.data = draw(12, seed=1), draw(12, seed=2)
-    x = 2 + 3 * draw(3, 12, 5, 7, channels_last=channels_last)
+    x = mean + 3 * draw(3, 12, 5, 7, channels_last=channels_last)
     scale, shift, x_bias = draw(3, 12, seed=4), draw(3, 12, seed=5), draw(12, seed=6)
     leaves = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias, scale, shift)]
     modulation = {"scale": leaves[3], "shift": leaves[4], "x_bias": x_bias} if modulated else {}
@@ -413,17 +414,20 @@ def test_group_norm_is_norm_then_modulation_then_silu(modulated, silu, channels_
     assert result.is_contiguous(memory_format=layout)
 
 
-def test_group_norm_takes_its_statistics_over_each_group():
-    x = 5 + 2 * draw(2, 6, 4, 4)
+@pytest.mark.parametrize("mean", [5.0, -100.0])
+def test_group_norm_takes_its_statistics_over_each_group(mean):
+    x = mean + 2 * draw(2, 6, 4, 4)
     result = kernels.group_norm(x, 3, torch.ones(6).double(), torch.zeros(6).double(), eps=0.0)
     groups = result.reshape(2, 3, -1)
     torch.testing.assert_close(groups.mean(-1), torch.zeros(2, 3).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(groups.var(-1, unbiased=False), torch.ones(2, 3).double(), rtol=1e-12, atol=0)
 
 
-def test_group_norm_passes_gradcheck():
+@pytest.mark.parametrize("mean", [0.0, 50.0])
+def test_group_norm_passes_gradcheck(mean):
     shapes = ((2, 4, 2, 3), (4,), (4,), (2, 4), (2, 4), (4,))
-    inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    inputs = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [t.requires_grad_() for t in (mean + inputs[0], *inputs[1:])]
 
     def norm(x, weight, bias, scale, shift, x_bias):
         return kernels.group_norm(x, 2, weight, bias, scale=scale, shift=shift, silu=True, x_bias=x_bias)
@@ -433,9 +437,10 @@ def test_group_norm_passes_gradcheck():
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_group_norm_returns_the_dtype_of_a_half_precision_image(dtype, modulated):
+@pytest.mark.parametrize("mean", [0.0, -20.0])
+def test_group_norm_returns_the_dtype_of_a_half_precision_image(dtype, modulated, mean):
     """Weights and modulation may be float32, as they are under autocast."""
-    x = draw(2, 8, 4, 4, dtype=dtype, channels_last=True)
+    x = mean + draw(2, 8, 4, 4, dtype=dtype, channels_last=True)
     weight, bias, scale, shift = draw(8).float(), draw(8, seed=1).float(), draw(2, 8).float(), draw(2, 8).float()
     arguments = {"x": x, "weight": weight, "bias": bias} | ({"scale": scale, "shift": shift} if modulated else {})
     result = kernels.group_norm(num_groups=4, silu=True, **arguments)
