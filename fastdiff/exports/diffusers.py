@@ -33,9 +33,8 @@ PREDICTIONS = {ours: theirs for theirs, ours in PREDICTS.items()}
 
 def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> None:
     """Raises UserError for what a pipeline of diffusers cannot be, by the field that says so."""
-    unet, edm = config.unet, config.parameterization == "edm"
-    guided = bool(guidance) and not config.guides_itself
-    refused = {
+    edm, guided = config.parameterization == "edm", bool(guidance) and not config.guides_itself
+    of_model = {
         "network": (config.network != "unet", f"is {config.network!r}, which diffusers does not have"),
         "sampler": (sampler not in ("ddim", "one_step") and steps > 1, f"is {sampler!r}: its scheduler is not there"),
         "parameterization": (
@@ -44,13 +43,19 @@ def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> 
         ),
         "guidance": (guided, f"{guidance:g} takes two calls a step: distil it first (train.stage1), or give 0"),
     }
-    for name, (is_wrong, why) in (refused | _of_unet(unet, classes=bool(unet.num_classes))).items():
+    _refuse(of_model)
+    _refuse(_of_unet(config.unet))
+
+
+def _refuse(fields: dict[str, tuple[bool, str]]) -> None:
+    for name, (is_wrong, why) in fields.items():
         if is_wrong:
             raise UserError(f"--format diffusers: {name} {why}; onnx and torch can hold this model")
 
 
-def _of_unet(unet: UNetConfig, *, classes: bool) -> dict[str, tuple[bool, str]]:
+def _of_unet(unet: UNetConfig) -> dict[str, tuple[bool, str]]:
     """By field, whether a UNet2DModel cannot be this network, and why."""
+    classes = bool(unet.num_classes)
     levels, norms, widths = range(len(unet.channel_mult)), _groups(unet), _attention_widths(unet)
     attending = any(unet.height(level) in unet.attention_resolutions for level in levels)
     first = unet.channels if unet.input_mult is None else unet.channels * unet.input_mult
