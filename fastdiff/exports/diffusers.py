@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff import rotation
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.exports.compare import Run
-from fastdiff.exports.generator import Generator
+from fastdiff.exports.generator import TIME, Generator
 from fastdiff.imports.diffusers import BLOCKS, PREDICTS, layout
 from fastdiff.imports.model import names
 from fastdiff.unet import GroupNorm, UNet, UNetConfig, guidance_features, sinusoids
@@ -172,9 +173,13 @@ def _table(generator: Generator) -> _Table:
 
 def _in_one_step(generator: Generator) -> _Table:
     """The angle and factors with which a scheduler's x̂ is k_z·noise + k_f·F, from any start and with [EDM]'s F."""
-    angle, cos, sin, _, _, time, scale, coef_z, coef_f = generator.numbers[0].tolist()
-    k_z, k_f = generator.start * (cos - sin * coef_z), -sin * coef_f
+    angle, time = generator.numbers[0, :1], generator.numbers[0, TIME]
     parameterization = generator.config.parameterization
+    scale = rotation.edm_input_scale(angle).item() if parameterization == "edm" else 1.0
+    coef_z, coef_f = (one.item() for one in rotation.velocity_coefficients(parameterization, angle))
+    angle = angle.item()
+    k_z = generator.start * (math.cos(angle) - math.sin(angle) * coef_z)
+    k_f = -math.sin(angle) * coef_f
     if parameterization == "x":
         prediction, x_f = "sample", 1.0
     elif k_z <= 1:
@@ -184,8 +189,7 @@ def _in_one_step(generator: Generator) -> _Table:
         angle = min(math.acos(1 / k_z), LAST)
         prediction, x_f = "epsilon", -math.tan(angle)
     angles = angle * torch.arange(1, TIMES + 1, dtype=torch.float64) / TIMES
-    scale_in = generator.start * (scale if parameterization == "edm" else 1.0)
-    return _Table(angles, torch.full_like(angles, time), prediction, scale_in, k_f / x_f)
+    return _Table(angles, time.expand_as(angles), prediction, generator.start * scale, k_f / x_f)
 
 
 def _network(unet: UNetConfig, times: int) -> dict[str, object]:

@@ -155,13 +155,14 @@ RUNTIMES = {"onnx": in_onnxruntime, "torch": in_torch}
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("onnx", name) for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic")]
+    [("onnx", name) for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic", "EDM")]
     + [("torch", name) for name in ("stage2", "two_student", "unconditional stochastic")],
 )
 def test_each_kind_draws_the_same_elsewhere(run, format, name):  # noqa: F811
     """By a small network, which is traced in a second; labels, w and noises as each kind takes them."""
-    save_model(Path("model"), scale=0.5, **small_of(KINDS[name]))
-    steps = () if KINDS[name].get("steps") else ("--steps", 2)
+    config = (KINDS | MORE_KINDS)[name]
+    save_model(Path("model"), scale=0.5, **small_of(config))
+    steps = () if config.get("steps") else ("--steps", 2)
     result = run("export", "model", "--format", format, "--out", "made", *steps)
     assert result.code == 0, result
     assert float(re.search(r"at most (\S+) apart", result.out)[1]) < 1e-5
