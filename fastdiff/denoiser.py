@@ -190,12 +190,8 @@ class Denoiser(nn.Module):
         """The network's raw output F, in its own parameterization: (B, C, H, W), of two outputs (B, 2·C, H, W)."""
         self.network_rows += z.shape[0]  # len(z) would fix the size where a graph is traced
         if self.config.parameterization == "edm":
-            z = z * self.input_scale(angle).to(z.dtype)[:, None, None, None]
+            z = z * rotation.edm_input_scale(angle).to(z.dtype)[:, None, None, None]
         return self.network(z, self.time(angle).float(), label, guidance)
-
-    def input_scale(self, angle: Tensor) -> Tensor:
-        """What z is multiplied with before a network of [EDM]'s, (B,)."""
-        return rotation.edm_input_scale(angle)
 
     def time(self, angle: Tensor) -> Tensor:
         """What the network hears at an angle, (B,)."""

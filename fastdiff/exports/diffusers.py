@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff import rotation
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.exports.compare import Run
-from fastdiff.exports.generator import Generator
+from fastdiff.exports.generator import TIME, Generator
 from fastdiff.imports.diffusers import PREDICTS
 from fastdiff.imports.model import names
 from fastdiff.imports.unet2d import BLOCKS, layout
@@ -34,9 +35,8 @@ PREDICTIONS = {ours: theirs for theirs, ours in PREDICTS.items()}
 
 def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> None:
     """Raises UserError for what a pipeline of diffusers cannot be, by the field that says so."""
-    unet, edm = config.unet, config.parameterization == "edm"
-    guided = bool(guidance) and not config.guides_itself
-    refused = {
+    edm, guided = config.parameterization == "edm", bool(guidance) and not config.guides_itself
+    of_model = {
         "network": (config.network != "unet", f"is {config.network!r}, which diffusers does not have"),
         "sampler": (sampler not in ("ddim", "one_step") and steps > 1, f"is {sampler!r}: its scheduler is not there"),
         "parameterization": (
@@ -45,13 +45,19 @@ def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> 
         ),
         "guidance": (guided, f"{guidance:g} takes two calls a step: distil it first (train.stage1), or give 0"),
     }
-    for name, (is_wrong, why) in (refused | _of_unet(unet, classes=bool(unet.num_classes))).items():
+    _refuse(of_model)
+    _refuse(_of_unet(config.unet))
+
+
+def _refuse(fields: dict[str, tuple[bool, str]]) -> None:
+    for name, (is_wrong, why) in fields.items():
         if is_wrong:
             raise UserError(f"--format diffusers: {name} {why}; onnx and torch can hold this model")
 
 
-def _of_unet(unet: UNetConfig, *, classes: bool) -> dict[str, tuple[bool, str]]:
+def _of_unet(unet: UNetConfig) -> dict[str, tuple[bool, str]]:
     """By field, whether a UNet2DModel cannot be this network, and why."""
+    classes = bool(unet.num_classes)
     levels, norms, widths = range(len(unet.channel_mult)), _groups(unet), _attention_widths(unet)
     attending = any(unet.height(level) in unet.attention_resolutions for level in levels)
     first = unet.channels if unet.input_mult is None else unet.channels * unet.input_mult
@@ -168,9 +174,13 @@ def _table(generator: Generator) -> _Table:
 
 def _in_one_step(generator: Generator) -> _Table:
     """The angle and factors with which a scheduler's x̂ is k_z·noise + k_f·F, from any start and with [EDM]'s F."""
-    angle, cos, sin, _, _, time, scale, coef_z, coef_f = generator.numbers[0].tolist()
-    k_z, k_f = generator.start * (cos - sin * coef_z), -sin * coef_f
+    angle, time = generator.numbers[0, :1], generator.numbers[0, TIME]
     parameterization = generator.config.parameterization
+    scale = rotation.edm_input_scale(angle).item() if parameterization == "edm" else 1.0
+    coef_z, coef_f = (one.item() for one in rotation.velocity_coefficients(parameterization, angle))
+    angle = angle.item()
+    k_z = generator.start * (math.cos(angle) - math.sin(angle) * coef_z)
+    k_f = -math.sin(angle) * coef_f
     if parameterization == "x":
         prediction, x_f = "sample", 1.0
     elif k_z <= 1:
@@ -180,8 +190,7 @@ def _in_one_step(generator: Generator) -> _Table:
         angle = min(math.acos(1 / k_z), LAST)
         prediction, x_f = "epsilon", -math.tan(angle)
     angles = angle * torch.arange(1, TIMES + 1, dtype=torch.float64) / TIMES
-    scale_in = generator.start * (scale if parameterization == "edm" else 1.0)
-    return _Table(angles, torch.full_like(angles, time), prediction, scale_in, k_f / x_f)
+    return _Table(angles, time.expand_as(angles), prediction, generator.start * scale, k_f / x_f)
 
 
 def _network(unet: UNetConfig, times: int) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +16,24 @@ from fastdiff.samplers import SAMPLERS, SIGMA_INIT
 
 MAX_STEPS = 64  # each is a copy of the network in one graph
 SAMPLED = ("ddim", "stochastic", "ancestral", "one_step")  # by one call a step
-TIME = 5  # the place of the network's time among a step's numbers
+TIME = 3  # the place of the network's time among a step's numbers
 
 
-class _Known(Denoiser):
-    """A denoiser that was told what it would ask of its angle: a graph holds numbers, and no schedules."""
+class _Told(Denoiser):
+    """A denoiser that is told what its network hears, which else it looks up in its schedule: a graph holds none."""
 
-    def __init__(self, config: DenoiserConfig, network: nn.Module, known: Sequence[Tensor]):
+    def __init__(self, config: DenoiserConfig, network: nn.Module, time: Tensor):
         super().__init__(config, network)
-        self._time, self._scale, *self._coefficients = known
+        self._time = time
 
     def time(self, angle: Tensor) -> Tensor:
         return self._time.expand_as(angle)
 
-    def input_scale(self, angle: Tensor) -> Tensor:
-        return self._scale.expand_as(angle)
-
-    def velocity_coefficients(self, angle: Tensor) -> tuple[Tensor, ...]:
-        return tuple(coefficient.expand_as(angle) for coefficient in self._coefficients)
-
 
 class Step(nn.Module):
-    """(z (B, C, H, W), numbers (K,) float64, label (B,), guidance (B,)) -> the next z, before noise is added.
+    """(z (B, C, H, W), numbers (4,) float64, label (B,), guidance (B,)) -> the next z, before noise is added.
 
+    numbers: φ, the step's c_z and c_x on z and x̂, and the time that the network hears.
     guidance: w for all images, which then is no input.
     """
 
@@ -52,10 +46,11 @@ class Step(nn.Module):
     def forward(
         self, z: Tensor, numbers: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        angle, cos, sin, c_z, c_x = (number.expand(z.shape[:1]) for number in numbers[:TIME])
+        angle, c_z, c_x = (number.expand(z.shape[:1]) for number in numbers[:TIME])
+        cos, sin = angle.cos(), angle.sin()
         if self.guidance:
             guidance = z.new_full(z.shape[:1], self.guidance)
-        model = with_guidance(_Known(self.config, self.network, numbers[TIME:]))
+        model = with_guidance(_Told(self.config, self.network, numbers[TIME]))
         v = model.affine(z, angle, label, guidance)
         if self.clip is None:
             return v.combine(z, c_z + c_x * cos, -c_x * sin)
@@ -154,19 +149,14 @@ def takes_guidance(config: DenoiserConfig) -> bool:
 
 
 def _numbers(denoiser: Denoiser, sampling: Sampling) -> tuple[float, Tensor, list[float]]:
-    """The factor on the noise at the start, every step's numbers (steps, K) float64, and the noise added after each.
-
-    A step's are those that `Step` takes apart: φ, its cosine and sine, the step's c_z and c_x on z and x̂, and what the
-    denoiser asks of φ.
-    """
+    """The factor on the noise at the start, `Step`'s numbers (steps, 4) float64, and the noise added after each."""
     config, steps = denoiser.config, sampling.steps
 
     def angle(i: int) -> Tensor:
         return torch.tensor([config.schedule.angle(i / steps) if i else 0.0], dtype=torch.float64)
 
     def row(phi: Tensor, c_z: Tensor, c_x: Tensor) -> Tensor:
-        asked = (denoiser.time(phi), denoiser.input_scale(phi), *denoiser.velocity_coefficients(phi))
-        return torch.cat([phi, phi.cos(), phi.sin(), c_z, c_x, *(one.double() for one in asked)])
+        return torch.cat([phi, c_z, c_x, denoiser.time(phi).double()])
 
     if sampling.sampler == "one_step":
         phi = torch.tensor([math.atan(config.sigma_init or SIGMA_INIT)], dtype=torch.float64)

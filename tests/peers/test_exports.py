@@ -155,13 +155,14 @@ RUNTIMES = {"onnx": in_onnxruntime, "torch": in_torch}
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("onnx", name) for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic")]
+    [("onnx", name) for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic", "EDM")]
     + [("torch", name) for name in ("stage2", "two_student", "unconditional stochastic")],
 )
 def test_each_kind_draws_the_same_elsewhere(run, format, name):  # noqa: F811
     """By a small network, which is traced in a second; labels, w and noises as each kind takes them."""
-    save_model(Path("model"), scale=0.5, **small_of(KINDS[name]))
-    steps = () if KINDS[name].get("steps") else ("--steps", 2)
+    config = (KINDS | MORE_KINDS)[name]
+    save_model(Path("model"), scale=0.5, **small_of(config))
+    steps = () if config.get("steps") else ("--steps", 2)
     result = run("export", "model", "--format", format, "--out", "made", *steps)
     assert result.code == 0, result
     assert float(re.search(r"at most (\S+) apart", result.out)[1]) < 1e-5
@@ -298,11 +299,11 @@ def test_networks_that_diffusers_cannot_be_are_refused_by_field(run, name):  # n
         ({}, ("--guidance", 1, "--steps", 2), "two calls"),
         (STUDENT, (), "--guidance"),
         (STUDENT, ("--guidance", 1, "--uint8"), "--uint8"),
-        (SMALL, ("--guidance", 0, "--steps", 2), "network is 'small'"),
+        ({"network": "small", "unet": {"image_size": (5, 6)}}, ("--guidance", 0), "network is 'small'"),
     ],
 )
 def test_models_that_diffusers_cannot_be_are_refused(run, config, options, said):  # noqa: F811
-    save_model(Path("model"), **config_of(config, TINY if config is SMALL else RICH))
+    save_model(Path("model"), **config_of(config, RICH))
     assert_refused(run("export", "model", "--format", "diffusers", "--out", "made", *options), said)
     assert not Path("made").exists()
 
