@@ -105,7 +105,7 @@ def test_kernel(benchmark, lab, name, direction, contender):
             return case.forward(arguments, function)
     else:
         out = case.forward(arguments, function)
-        gradient = torch.randn_like(out)
+        gradient = torch.randn_like(out[0])
 
         def run():
             return case.backward(arguments, out, gradient)

@@ -57,13 +57,17 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha) -> Tensor:
     return (difference * (teacher_x - generated_x - alpha * difference)).float().sum((1, 2, 3)) / norm
 
 
-def group_norm(x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None) -> Tensor:
-    x = x if x_bias is None else _biased(x, x_bias)
-    y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)  # NCHW on a GPU: it knows no other order
+def group_norm(
+    x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None, fork=False
+) -> Tensor | tuple[Tensor, Tensor]:
+    image = x if x_bias is None else _biased(x, x_bias)
+    # NCHW on a GPU: it knows no other order
+    y = F.group_norm(image, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     y = F.silu(y) if silu else y
-    return y.contiguous(memory_format=torch.channels_last)  # as the convolution after it wants it
+    y = y.contiguous(memory_format=torch.channels_last)  # as the convolution after it wants it
+    return (y, x) if fork else y
 
 
 def residual_sum(x, h, *, x_bias=None, h_bias=None, scale=1.0) -> Tensor:

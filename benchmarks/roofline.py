@@ -187,7 +187,7 @@ def sequences(case: Case, function: Callable | None = None) -> tuple[list[tuple[
         out = case.forward(arguments, function)
     if not case.gradients:
         return forward.sequence, []
-    gradient = torch.empty_like(out)
+    gradient = torch.empty_like(out[0])
     with Recorder() as backward:
         case.backward(arguments, out, gradient)
     return forward.sequence, backward.sequence

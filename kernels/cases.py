@@ -37,15 +37,16 @@ class Case(NamedTuple):
             arguments[name].requires_grad_()
         return arguments
 
-    def forward(self, arguments: dict, function: Callable | None = None) -> Tensor:
-        """The first result of `function`: the operation itself, or another with the same arguments."""
+    def forward(self, arguments: dict, function: Callable | None = None) -> tuple[Tensor, ...]:
+        """The results of `function`: the operation itself, or another with the same arguments."""
         with torch.set_grad_enabled(bool(self.gradients)):
             out = (function or getattr(kernels, self.op))(**arguments)
-        return out[0] if isinstance(out, tuple) else out
+        return out if isinstance(out, tuple) else (out,)
 
-    def backward(self, arguments: dict, out: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, arguments: dict, out: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
+        """For one gradient of all results."""
         wanted = [arguments[name] for name in self.gradients]
-        return torch.autograd.grad(out, wanted, gradient, retain_graph=True)
+        return torch.autograd.grad(out, wanted, [gradient] * len(out), retain_graph=True)
 
 
 IMAGES = {"cifar10": (256, (3, 32, 32)), "imagenet64": (64, (3, 64, 64))}
@@ -248,7 +249,7 @@ def _group_norm(shape, dtype, modulated, silu, batch, device) -> dict:
     if modulated:
         arguments |= {name: torch.randn(batch, channels, device=device).to(dtype) for name in ("scale", "shift")}
         arguments["x_bias"] = torch.randn(channels, device=device)  # what is modulated comes from a convolution
-    return arguments
+    return arguments | {"fork": not modulated}  # and what is not goes on to a sum, too
 
 
 def _residual(shape, dtype, biases, scale, batch, device) -> dict:

@@ -83,7 +83,7 @@ def launches(case: Case) -> tuple[list[Launch], list[Launch]]:
             out = case.forward(arguments)
         if case.gradients:
             with listen(backward.append):
-                case.backward(arguments, out, torch.empty_like(out))
+                case.backward(arguments, out, torch.empty_like(out[0]))
     return forward, backward
 
 

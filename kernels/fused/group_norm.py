@@ -243,7 +243,8 @@ def _backward(x: Tensor, num_groups: int, given: dict[str, object], sum_wanted: 
     block = min(64, triton.next_power_of_2(split["SIZE"]))
     _run(combine_sums_kernel, samples * num_groups, given, TILES=16, BLOCK=block, num_warps=1)
     if given["dx"] is not None:
-        _run(input_gradient_kernel, programs, given)
+        half = sum_wanted and x.element_size() == 4 and split["ROWS"] > 1  # or else registers would spill on sm_80
+        _run(input_gradient_kernel, programs, given, ROWS=split["ROWS"] // (2 if half else 1))
     return of_dx
 
 
