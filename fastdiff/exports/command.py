@@ -117,6 +117,8 @@ def _generator(options: Options, denoiser: Denoiser) -> Generator:
         )
     if options.guidance is not None:
         checks.guidance(with_guidance(denoiser), options.guidance, path)
+    if options.uint8 and config.latents is not None:
+        raise UserError(f"--uint8 is for images, and {path} makes latents: leave it out")
     if options.format == "diffusers":
         if options.uint8:
             raise UserError("--uint8 is for onnx and torch: a pipeline of diffusers makes pictures itself")

@@ -127,7 +127,7 @@ def write(generator: Generator, folder: Path) -> None:
         prediction_type=table.prediction,
         algorithm_type="dpmsolver++",
         solver_order=1,
-        thresholding=generator.sampling.clip,
+        thresholding=generator.step.clip is not None,
         sample_max_value=1.0,
         timestep_spacing="trailing",
     )

@@ -72,7 +72,7 @@ class Generator(nn.Module):
         if self.sampling.sampler not in SAMPLED:
             raise ValueError(f"sampler {self.sampling.sampler!r} is none of {', '.join(SAMPLED)}")
         self.start, numbers, self.stds = _numbers(denoiser, self.sampling)
-        self.step = Step(denoiser, 1.0 if self.sampling.clip else None, guidance)
+        self.step = Step(denoiser, denoiser.config.limit if self.sampling.clip else None, guidance)
         self.register_buffer("numbers", numbers)
         self.eval().requires_grad_(False)
 
