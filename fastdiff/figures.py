@@ -22,35 +22,34 @@ LONGEST = {"AVIF": 65_536, "ICO": 256, "JPEG": 65_500, "MPO": 65_500, "WEBP": 16
 )  # pixels of a side, by Pillow's names of formats
 
 
-def grid(images: Tensor, *, columns: int) -> np.ndarray:
+def grid(images: Tensor, *, columns: int, padding: int = PADDING, min_side: int = MIN_SIDE) -> np.ndarray:
     """(N, C, H, W) in [−1, 1] -> one uint8 picture (rows·h, columns·w, 3), filled row by row.
 
-    Small images are enlarged by a whole factor to at least `MIN_SIDE` pixels, so that they can be seen.
+    Small images are enlarged by a whole factor to at least `min_side` pixels, so that they can be seen.
     """
     pixels = to_uint8(images.detach().cpu()).numpy().transpose(0, 2, 3, 1)
-    canvas = np.full((*grid_size(len(pixels), *pixels.shape[1:3], columns=columns), 3), 255, np.uint8)
-    factor = _enlarged(pixels.shape[1])
+    how = {"columns": columns, "padding": padding, "min_side": min_side}
+    canvas = np.full((*grid_size(len(pixels), *pixels.shape[1:3], **how), 3), 255, np.uint8)
+    factor = -(-min_side // pixels.shape[1])
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     if pixels.shape[-1] != 3:
         pixels = pixels[..., :1].repeat(3, axis=-1)
     height, width = pixels.shape[1:3]
     for index, picture in enumerate(pixels):
         top, left = (
-            PADDING + i * (side + PADDING) for i, side in zip(divmod(index, columns), (height, width), strict=True)
+            padding + i * (side + padding) for i, side in zip(divmod(index, columns), (height, width), strict=True)
         )
         canvas[top : top + height, left : left + width] = picture
     return canvas
 
 
-def grid_size(count: int, height: int, width: int, *, columns: int) -> tuple[int, int]:
+def grid_size(
+    count: int, height: int, width: int, *, columns: int, padding: int = PADDING, min_side: int = MIN_SIDE
+) -> tuple[int, int]:
     """(height, width) of a `grid` of so many images, in pixels."""
-    factor = _enlarged(height)
+    factor = -(-min_side // height)
     counts = zip((-(-count // columns), columns), (height, width), strict=True)
-    return tuple(number * (factor * side + PADDING) + PADDING for number, side in counts)
-
-
-def _enlarged(height: int) -> int:
-    return -(-MIN_SIDE // height)
+    return tuple(number * (factor * side + padding) + padding for number, side in counts)
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
