@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+OFF = nullcontext(nullcontext())
+
 
 class _Cast(torch.autograd.Function):
     """float32 tensors in another dtype; their gradients are all cast back together, once all are there."""
@@ -73,14 +75,14 @@ def as_autocast(network: nn.Module, device: torch.device) -> AbstractContextMana
     It gives what can be entered to have them again.
     """
     dtype = autocast_dtype(device)
-    off = dtype is None or torch.compiler.is_compiling()
-    return nullcontext(nullcontext()) if off else CastWeights(network, dtype)
+    return OFF if dtype is None or torch.compiler.is_compiling() else CastWeights(network, dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device; None where it is off."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None
+    """What autocast casts to on a device; None where it is off, as on devices that have none."""
+    kind = device.type
+    on = torch.is_autocast_enabled(kind) if kind in ("cpu", "cuda") else False
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def is_whole(tensor: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -232,11 +232,10 @@ class UNet(nn.Module):
 
     def _conditions(self, embedding: Tensor) -> Iterator[Condition]:
         """What each stage is given of the embedding: itself, or the stage's part of one product for all of them."""
-        blocks = [stage.block for stage in (*self.encoder, *self.middle, *self.decoder)]
+        blocks = [stage.block for stage in (*self.encoder, *self.middle, *self.decoder)] if fuses(embedding) else []
         layers = [block.embed for block in blocks if isinstance(block, ResidualBlock)]
-        if not (fuses(embedding) and all(is_whole(layer.weight) for layer in layers)):
-            yield from [embedding] * len(blocks)
-            return
+        if not (layers and all(is_whole(layer.weight) for layer in layers)):
+            yield from repeat(embedding)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         parts = 2 if self.config.scale_shift else 1
         sizes = [layer.out_features // parts for layer in layers for _ in range(parts)]

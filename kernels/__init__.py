@@ -256,12 +256,16 @@ def residual_sum(
     The biases are those of the convolutions before. Returns the wider of the images' dtypes, in the memory layout of x.
     Raises ValueError on shapes that do not match.
     """
-    checks.images("residual_sum", x=x, h=h)
-    _four_dimensional("residual_sum", x)
-    for key, bias in (("x_bias", x_bias), ("h_bias", h_bias)):
-        if bias is not None:
-            checks.parameter("residual_sum", key, bias, x.shape[1:2], x)
-    scale = checks.number("residual_sum", "scale", scale)
+    alike = isinstance(x, Tensor) and isinstance(h, Tensor) and x.shape == h.shape and x.device == h.device
+    if not (alike and len(x.shape) == 4 and x.dtype in checks.FLOATING and h.dtype in checks.FLOATING):
+        checks.images("residual_sum", x=x, h=h)
+        _four_dimensional("residual_sum", x)
+    if x_bias is not None:
+        checks.parameter("residual_sum", "x_bias", x_bias, x.shape[1:2], x)
+    if h_bias is not None:
+        checks.parameter("residual_sum", "h_bias", h_bias, x.shape[1:2], x)
+    if type(scale) is not float:
+        scale = checks.number("residual_sum", "scale", scale)
     return implementation("residual_sum", x)(x, h, x_bias=x_bias, h_bias=h_bias, scale=scale)
 
 
