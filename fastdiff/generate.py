@@ -82,7 +82,7 @@ def generate(
         images = distributed.gather(images, min(sampling.batch_size, num - start))
         bad += (~data.are_finite(images)).sum()  # nothing waits for the device before the end
         yield images
-    if int(bad) and distributed.is_first():
+    if not bad.is_meta and int(bad) and distributed.is_first():
         files.warn(
             f"{int(bad)} of {num} images ({int(bad) / num:.1%}) are not finite, since weights or outputs of the model "
             "overflow or are NaN: use another checkpoint, or --precision fp32"
