@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,15 +155,16 @@ def main(options: Options) -> None:
         raise UserError("--reference and --fid are of the features of a given network: name it by --features")
     _comparable(model, vae, options)
     reference = Reference.load(options.data, device=options.device, background=options.background)
-    rows, results = [], {"reference": reference.describe(), "rows": []}
+    rows: list[Row] = []
     sampling = options.sampling(model, options.num, guidance=0.0)
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(evaluate(model, reference, one, name=str(options.checkpoint), num=options.num, vae=vae))
-        results["rows"].append(asdict(rows[-1]))
+        results = {"reference": reference.describe(), "rows": [asdict(row) for row in rows]}
         if distributed.is_first():
             print(json.dumps(results["rows"][-1]), flush=True)
-        distributed.first(lambda: files.replace(options.out, json.dumps(results, indent=1) + "\n"))
+        text = json.dumps(results, indent=1) + "\n"
+        distributed.first(partial(files.replace, options.out, text))
     if distributed.is_first():
         print(table(rows, reference.describe()))
 
