@@ -13,12 +13,16 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import PRESETS
+from kernels import cpu
 from train.options import LoopOptions
 from train.stage1 import student_of
 from train.updater import Updater
 
 BATCH = 64
 IMAGES = 8  # batches of them: z, the teacher's velocities, the target, …
+SCRATCH = (
+    4 * cpu.CHUNK
+)  # of a GroupNorm on a CPU, where a group's mean, which the two passes do not share, is far from 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -108,7 +112,7 @@ def check(recipe: str, student: Denoiser, loss) -> None:
         f"\n{recipe}, {size}, batch {BATCH}: {ours / 2**20:.1f} MiB above the weights of student and teacher "
         f"({weights(student) / 2**20:.1f} each); one forward and backward pass of the student alone {plain / 2**20:.1f}"
     )
-    assert ours <= plain + images(student)
+    assert ours <= plain + images(student) + SCRATCH
     assert plain > weights(student)  # gradients, and activations
 
 

@@ -96,7 +96,7 @@ def rounding_of_large_scores(product, width):
     square. A GPU adds the products one after another, so that each partial sum k·product is rounded: for 64 products of
     25 far more than the score is itself, once log₂e/√width has made an exponent of 2 of it. Subtracting the largest
     score is exact, since all are near it; so an error of the exponent is one of P, times ln 2. Backward the saved
-    log-sum-exp, which is as large, adds its rounding. exp2 (2 ulp, 2e-7) and the sums with P count for nothing here.
+    log-sum-exp, which is as large, adds its rounding. exp2 (2 ulp, 2e-7) counts for nothing here.
     """
 
     def variance(s):
@@ -105,6 +105,24 @@ def rounding_of_large_scores(product, width):
     scale = math.log2(math.e) / math.sqrt(width)
     sums = scale**2 * sum(variance(k * product) for k in range(1, width + 1))
     return math.log(2) * math.sqrt(sums + 2 * variance(scale * width * product))
+
+
+def carried(error_of_p, qkv, direction):
+    """What independent errors of this relative size in every element of P do to the output and the gradient.
+
+    The gradient of P's logits sums to 0 in each row; its errors do not. So in q's gradient they are multiplied with all
+    of k, of which the gradient itself has only the differences.
+    """
+    (q, k, v), dy = qkv.detach().double().cpu().chunk(3, dim=-1), direction.double().cpu()
+    scale = q.shape[-1] ** -0.5
+    p = (scale * q @ k.mT).softmax(-1)
+    wrong = p * (1 + error_of_p * draw(*p.shape, seed=7, dtype=torch.float64))
+
+    def results(out, p):
+        logits = scale * p * (dy @ v.mT - (dy * out).sum(-1, keepdim=True))
+        return out, torch.cat([logits @ k, logits.mT @ q, p.mT @ dy], dim=-1)
+
+    return worst(results(wrong @ v / wrong.sum(-1, keepdim=True), wrong), results(p @ v, p))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +134,8 @@ def test_logits_past_the_range_of_exp(device, dtype, tokens, sign):
     large = qkv.detach().clone()
     large[..., :128] = 5 + 0.01 * large[..., :128]
     large[..., 64:128] *= sign
-    allowed = 1.5 * rounding_of_large_scores(25, 64)  # the mean square is one of few scores that resemble each other
+    # The mean square is one of few scores that resemble each other.
+    allowed = 1.5 * carried(rounding_of_large_scores(25, 64), large, direction)
     assert_right(large.to(dtype).requires_grad_(), 1, direction.to(dtype), in_float32=allowed)
 
 
