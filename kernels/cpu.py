@@ -105,7 +105,7 @@ def _by_pytorch(x, num_groups, weight, bias, eps, scale, shift, silu, training) 
         if training:
             mean, rstd = mean.detach(), rstd.detach()
         if batch and type(mean) is Tensor and _is_far(mean, rstd):  # a fake tensor holds no numbers
-            del y  # or its memory would be held meanwhile
+            del y  # its memory serves for what follows
             return _in_chunks(x, num_groups, weight, bias, eps, scale, shift, silu, training)
     if scale is not None:
         if scale.dtype == shift.dtype == dtype:

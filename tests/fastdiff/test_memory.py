@@ -13,16 +13,12 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
 from fastdiff.unet import PRESETS
-from kernels import cpu
 from train.options import LoopOptions
 from train.stage1 import student_of
 from train.updater import Updater
 
 BATCH = 64
 IMAGES = 8  # batches of them: z, the teacher's velocities, the target, …
-SCRATCH = (
-    4 * cpu.CHUNK
-)  # of a GroupNorm on a CPU, where a group's mean, which the two passes do not share, is far from 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,7 +78,7 @@ def peak_of_update(model: Denoiser, loss) -> int:
     trained = Denoiser(model.config)
     trained.load_state_dict(model.state_dict())
     updater = Updater(options, trained, loss)
-    x = torch.zeros(BATCH, *model.image_shape).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(BATCH, *model.image_shape).contiguous(memory_format=torch.channels_last)  # no constant
     batch = Batch(x, torch.arange(BATCH) % 10, torch.arange(BATCH), seed=0)
     updater.update(batch)
     with LiveBytes() as live:
@@ -112,7 +108,7 @@ def check(recipe: str, student: Denoiser, loss) -> None:
         f"\n{recipe}, {size}, batch {BATCH}: {ours / 2**20:.1f} MiB above the weights of student and teacher "
         f"({weights(student) / 2**20:.1f} each); one forward and backward pass of the student alone {plain / 2**20:.1f}"
     )
-    assert ours <= plain + images(student) + SCRATCH
+    assert ours <= plain + images(student)
     assert plain > weights(student)  # gradients, and activations
 
 
