@@ -102,7 +102,7 @@ REFUSED = [
     (["--teacher", "nowhere"], ["nowhere"]),
     (["--teacher", "{teacher}", "--alpha", "0"], ["--alpha"]),
     (["--teacher", "{teacher}", "--t-max", "2000"], ["--t-max"]),
-    (["--teacher", "{linear}", "--sigma-min", "0.001"], ["0.001 to 0.01", "--sigma-min"]),
+    (["--teacher", "{linear}", "--sigma-min", "0.003"], ["0.003 to 0.01", "--sigma-min"]),
     (["--teacher", "{stage2}"], ["a stage-2 model", "takes a stage-1 model"]),
     (["--teacher", "{teacher}", "--guidance-range", "0", "4"], ["--guidance-range", "train.stage1"]),
     (["--teacher", "{teacher}", "--class-frequencies", "1", "2"], ["--class-frequencies", "2 numbers", "10 classes"]),
