@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-OFF = nullcontext(nullcontext())
-
 
 class _Cast(torch.autograd.Function):
     """float32 tensors in another dtype; their gradients are all cast back together, once all are there."""
@@ -75,7 +73,9 @@ def as_autocast(network: nn.Module, device: torch.device) -> AbstractContextMana
     It gives what can be entered to have them again.
     """
     dtype = autocast_dtype(device)
-    return OFF if dtype is None or torch.compiler.is_compiling() else CastWeights(network, dtype)
+    if dtype is None or torch.compiler.is_compiling():
+        return nullcontext(nullcontext())
+    return CastWeights(network, dtype)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
