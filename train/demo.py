@@ -90,28 +90,32 @@ def demonstrate(options: Options, clock: Clock) -> None:
     options = replace(options, precision=teacher.settled_precision(recipe))
     train_all(options, spec, clock)
     print(f"[{clock}] scores")
-    rows = []
+    rows, results = (
+        [],
+        {
+            "command": demo_command(options),
+            "reference": reference.describe(),
+            "torch": torch.__version__,
+            "device": options.device,
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "training": _training(options.out),
+        },
+    )
+
+    def keep(**found: object) -> None:
+        results.update(found)
+        files.replace(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+
     for method in methods(options):
         model = method.load(options)
-        rows += [method.score(model, w, options, reference) for w in GUIDANCE]
-    times = time_all(options)
-    drawn = samples(options, options.out / "samples.png", reference.dataset.class_names)
+        for w in GUIDANCE:
+            rows.append(method.score(model, w, options, reference))
+            keep(rows=[asdict(row) for row in rows])
+    keep(timing=time_all(options))
+    keep(pictures=samples(options, options.out / "samples.png", reference.dataset.class_names))
     figures.plot_quality(rows, reference.floor, options.out / "quality-vs-calls.png")
-    results = {
-        "command": demo_command(options),
-        "reference": reference.describe(),
-        "rows": [asdict(row) for row in rows],
-        "timing": times,
-        "pictures": drawn,
-        "training": _training(options.out),
-        "seconds_of_this_run": round(clock.elapsed()),
-        "torch": torch.__version__,
-        "device": options.device,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "peak_memory_gb": _peak_memory_gb(),
-    }
-    files.replace(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+    keep(seconds_of_this_run=round(clock.elapsed()), peak_memory_gb=_peak_memory_gb())
     files.replace(options.out / "report.md", demo_report(results, options, GUIDANCE))
     print(table(rows, reference.describe()))
     page.write(options.out / page.NAME, [options.out])

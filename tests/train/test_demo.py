@@ -1,6 +1,8 @@
 """The demo from end to end, with far too small a network and time: all files are there, and nothing is redone."""
 
 import json
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 from common import TINY, snapshot
@@ -8,6 +10,7 @@ from PIL import Image
 
 from fastdiff.errors import UserError
 from train import demo, loop, teacher
+from train.report import page
 
 RUNS = ["teacher", "stage1", *(f"steps-{n}" for n in (32, 16, 8, 4, 2, 1)), "sid"]
 
@@ -81,6 +84,24 @@ def test_a_second_demo_reuses_the_runs(made, monkeypatch):
     assert files() == before
     tables = [text.split("Training took")[0] for text in (report, (made.out / "report.md").read_text())]
     assert tables[0] == tables[1]
+
+
+def test_an_interruption_after_the_first_score_leaves_it(made, tmp_path, monkeypatch):
+    out = shutil.copytree(made.out, tmp_path / "demo")
+    score, scored = demo.Method.score, []
+
+    def once(*arguments):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(score(*arguments))
+        return scored[0]
+
+    monkeypatch.setattr(demo.Method, "score", once)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(replace(made, out=out))
+    results = json.loads((out / "results.json").read_text())
+    assert results["rows"] == [asdict(scored[0])] and "timing" not in results
+    page.write(tmp_path / "report.html", [out])
 
 
 @pytest.mark.parametrize(
