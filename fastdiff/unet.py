@@ -354,16 +354,9 @@ class GroupNorm(nn.Module):
         self.eps = config.eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(
-        self,
-        x: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        silu: bool = False,
-        x_bias: Tensor | None = None,
-        fork: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        given = {"scale": scale, "shift": shift, "silu": silu, "x_bias": x_bias, "fork": fork}
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, **how):
+        """`kernels.group_norm`, which says what else there is."""
+        given = {"scale": scale, "shift": shift, **how}
         return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, **given)
 
 

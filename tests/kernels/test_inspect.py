@@ -55,7 +55,7 @@ def test_case_names_are_unique():
 def test_cases_cover_the_unets(preset, monkeypatch):
     channels, tokens = set(), set()
 
-    def norm(x, *_, fork, **__):
+    def norm(x, *_, fork=False, **__):
         channels.add(x.shape[1])
         return (torch.empty_like(x), x) if fork else torch.empty_like(x)
 
