@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from fastdiff import checkpoint, cli, files
+from fastdiff import checkpoint, checks, cli, files
 from fastdiff.errors import UserError
 from fastdiff.run import Run, Saved, runs_in
 
@@ -29,12 +30,23 @@ class Options:
     """The folders of runs, or folders of such folders, as the demo and train.compare make."""
     json: bool = False
     """Print a list of JSON objects, one a run."""
+    watch: float | None = None
+    """Tell it again every so many seconds, as long as a run is under way, or until Ctrl-C."""
 
 
 def main(options: Options) -> None:
     """Tell where runs are, whether they are alive, when they will be done, and how to continue them."""
     if not options.runs:
         raise UserError("no run is named: fastdiff status runs/teacher")
+    checks.positive(options, "watch")
+    while tell(options) and options.watch is not None:
+        time.sleep(options.watch)
+        clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n"
+        print("" if options.json else clear, end="")
+
+
+def tell(options: Options) -> bool:
+    """Print where all of them are; returns whether one is under way. Raises UserError where none is a run."""
     found, wrong = [], []
     for run in (run for folder in options.runs for run in runs_in(folder)):
         try:
@@ -46,9 +58,10 @@ def main(options: Options) -> None:
     for error in wrong:
         files.warn(error)
     if options.json:
-        print(json.dumps([asdict(one) for one in found], indent=1))
+        print(json.dumps([asdict(one) for one in found], indent=1), flush=True)
     else:
-        print("\n\n".join(map(describe, found)))
+        print("\n\n".join(map(describe, found)), flush=True)
+    return any(one.state == "running" for one in found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,10 +165,12 @@ def check_buildable(config: DenoiserConfig) -> None:
 
 
 def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
-    """A teacher that does not learn, sharded if that is asked for: copies are to be made before."""
+    """A teacher that does not learn, sharded or compiled if that is asked for: copies are to be made before."""
     teacher.requires_grad_(False)
     if options.shard_teacher:
         distributed.shard(teacher.network)
+    elif options.compile:
+        teacher.network.compile()
     return teacher
 
 

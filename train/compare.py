@@ -59,6 +59,8 @@ class Options(NetworkOptions):
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     precision: Precision = "fp32"
     """auto: bf16 where it is found to be faster and within 2e-2 of fp32, for all of the runs alike."""
+    compile: bool = False
+    """torch.compile the networks that train, and those that they learn from."""
     seed: int = 0
 
 
@@ -158,7 +160,9 @@ def _recipe(options: Options):
 
     def build(module, name: str, **changes) -> LoopOptions:
         out = options.out / name
-        common = {key: getattr(options, key) for key in ("preset", "device", "precision", "seed", "network_module")}
+        common = {
+            key: getattr(options, key) for key in ("preset", "device", "precision", "compile", "seed", "network_module")
+        }
         settings = module.PRESETS[options.preset] | common | {"batch_size": BATCH_SIZE}
         settings |= {"out": out, "resume": out.exists()} | changes
         print(f"{name}: {settings['updates']} updates", flush=True)

@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "warmup",
     "clip_norm",
     "precision",
+    "compile",
     "last_updates",
     "save_every",
     "log_every",
@@ -88,7 +89,7 @@ class LoopOptions(NetworkOptions):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """torch.compile the trained network."""
+    """torch.compile the networks, but for a sharded teacher."""
     graph: graph.Choice = "auto"
     """Record an update as a CUDA graph and replay it, so that the GPU never waits for Python. auto: on CUDA, and
     without one where that fails."""

@@ -339,6 +339,25 @@ def test_several_runs_in_words_and_as_json(tmp_path, monkeypatch, capsys):
     assert code == 0 and [one["run"] for one in found] == list(map(str, runs)) and found[0]["update"] == 100
 
 
+def test_a_watched_run_is_told_again_until_it_ends(tmp_path, monkeypatch, capsys):
+    run, pauses = make_teacher(tmp_path, updates=300), []
+
+    def train_meanwhile(seconds):
+        pauses.append(seconds)
+        n = 100 * len(pauses)
+        log(run, "teacher", n)
+        if n == 300:
+            save(run, "teacher", n)
+
+    monkeypatch.setattr(fastdiff.status.time, "sleep", train_meanwhile)
+    code, out, _ = call(monkeypatch, capsys, "status", run, "--watch", 5)
+    told = [line.split("update ")[1].split(",")[0] for line in out.splitlines() if line.startswith("  at ")]
+    assert code == 0 and pauses == [5, 5, 5] and told == ["0 of 300", "100 of 300", "200 of 300", "300 of 300"]
+    assert out.count(f"{run}: running") == 3 and out.count(f"{run}: finished") == 1
+    code, _, error = call(monkeypatch, capsys, "status", run, "--watch", 0)
+    assert code == 2 and error == "error: --watch must be positive, got 0.0\n"
+
+
 def test_runs_in_a_folder_are_found_and_what_is_none_stops_nothing(tmp_path, monkeypatch, capsys):
     """After `make demo`, `fastdiff.status runs/*` once said that runs/demo is no run, and no more."""
     alone = make_teacher(tmp_path, out=tmp_path / "runs/alone")

@@ -189,6 +189,18 @@ def test_a_new_student_is_the_conditional_teacher(random_teacher, w):
     assert any(key.startswith("guidance_mlp.") for key in student.network.state_dict())
 
 
+def test_compile_compiles_student_and_teacher_but_no_copy(runs, tmp_path, monkeypatch):
+    """A frozen teacher makes as many calls as its student. A run may go on without a compiler."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    options = stage2_options(
+        runs.stage1, tmp_path / "stage2", start_steps=4, end_steps=1, updates=1, last_updates=1, compile=True
+    )
+    stage2.train(options)
+    assert len(compiled) == 4 and len(set(map(id, compiled))) == 3  # a student is the next round's teacher
+    stage2.train(replace(options, compile=False, resume=True))
+
+
 def test_a_student_is_a_copy(random_teacher):
     made = checkpoint.load(random_teacher)
     before = {key: value.clone() for key, value in made.state_dict().items()}
