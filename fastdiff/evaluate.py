@@ -126,12 +126,13 @@ class Options(SamplingOptions):
     """One or several guidance strengths w."""
     num: int = 10_000
     features: Path | None = None
-    """A network for the features, as a TorchScript file that takes uint8 (N, 3, H, W), such as the Inception of FID;
-    default: a classifier of --data, trained once. Interrupted, the same command goes on."""
+    """A network for the features, as a TorchScript file that takes uint8 (N, 3, H, W), such as the Inception of FID; or
+    torch-fidelity, for the one of that library; default: a classifier of --data, trained once. Interrupted, the same
+    command goes on."""
     reference: Path | None = None
     """With --features: an npz with mu and sigma of the real images, instead of --data."""
     fid: bool = False
-    """Say that --features and the real images are those of FID, so that the distance is called so."""
+    """Say that --features is the network of FID, so that the distance is called so; of known ones it is."""
     out: Path = Path("results.json")
     """Holds the rows that are done at any time."""
 
@@ -146,7 +147,8 @@ def main(options: Options) -> None:
     checks.finite(model, options.checkpoint)
     for guidance in options.guidance:
         checks.guidance(model, guidance)
-    distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
+    goes_on = options.features is not None and score.unfinished(options.out)
+    distributed.first(lambda: checks.output(options.out, options.overwrite or goes_on, file=True))
     vae = options.decoder(model)
     if options.features is not None:
         _score_on_features(options, model, vae)
@@ -178,19 +180,19 @@ def _score_on_features(options: Options, model: nn.Module, vae: Vae | None) -> N
     sampling, rows = options.sampling(model, options.num, guidance=0.0), []
     how = {"num": options.num, "decode": decoder(vae), "saved": options.out}
     how["key"] = score.key_of(model, extractor, dataset, options.vae)
+    name = "FID" if options.fid or extractor.is_fid else "distance"
+    about = {"distance": name, "features": extractor.name, "real": real.name, "checkpoint": str(options.checkpoint)}
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(score.score(model, extractor, real, one, **how))
         if distributed.is_first():
-            print(json.dumps(rows[-1]))
-    if not distributed.is_first():
-        return
-    name = "FID" if options.fid else "distance"
-    about = {"distance": name, "features": extractor.name, "real": real.name, "checkpoint": str(options.checkpoint)}
-    files.replace(options.out, json.dumps({"reference": about, "rows": rows}, indent=1) + "\n")
-    score.forget(options.out)
-    print(score.table(rows, name))
-    print(f"{name} on the features of {extractor.name}, against {real.name}")
+            print(json.dumps(rows[-1]), flush=True)
+        text = json.dumps({"reference": about, "rows": rows}, indent=1) + "\n"
+        distributed.first(partial(files.replace, options.out, text))
+    if distributed.is_first():
+        score.forget(options.out)
+        print(score.table(rows, name))
+        print(f"{name} on the features of {extractor.name}, against {real.name}")
 
 
 def _comparable(model: nn.Module, vae: Vae | None, options: Options) -> data.Dataset:

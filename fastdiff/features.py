@@ -1,7 +1,8 @@
 """Scores on the features of a given network, as papers report them: Fréchet distance, KID, precision and recall.
 
 The network is a TorchScript file that takes uint8 (N, 3, H, W) and returns (N, D), as the Inception of FID is
-distributed. Which network and which real images make a distance what it is: it is called FID only if one says so.
+distributed, or that Inception as torch-fidelity has it. Which network and which real images make a distance what it is:
+it is called FID where the network is known to be FID's, or if one says so.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import data, distributed
 from fastdiff.errors import UserError
 from fastdiff.metrics import frechet_of_gaussians
 
+TORCH_FIDELITY = "torch-fidelity"  # in place of a file: that library's Inception
+FIDS = {  # the networks that make a distance FID, by SHA-256 of their files
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "NVIDIA's inception-2015-12-05.pt"
+}
 AT_A_TIME = 128  # images
 SUBSETS, SUBSET = 100, 1000  # of KID: so many, of so many images
 NEIGHBOURS = 3  # whose farthest is the radius around an image, for precision and recall
@@ -25,23 +30,23 @@ COMPARED = 10_000  # images of each kind, at most, of which precision and recall
 
 
 class Extractor:
-    """The network in a TorchScript file, for images (C, H, W) of a shape. Raises UserError for any other file.
+    """The network in a TorchScript file, or torch-fidelity's, for images (C, H, W) of a shape.
 
-    It is tried on one image, so that what it does not take is known before any are made.
+    It is tried on one image, so that what it does not take is known before any are made. `is_fid`: whether it is known
+    to be FID's. Raises UserError for any other file, and where torch-fidelity is not installed.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], device: str = "cpu"):
-        self.path, self.device = path, device
-        try:
-            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.network = torch.jit.load(path, map_location=device).eval()
-        except OSError as error:
-            raise UserError(f"--features {path} cannot be read ({error.strerror}): name a TorchScript file") from None
-        except Exception as error:  # a foreign file may raise anything
-            raise UserError(f"--features {path} is no TorchScript file ({_brief(error)})") from None
-        asked = "return_features" in [argument.name for argument in self.network.forward.schema.arguments]
-        self.how = {"return_features": True} if asked else {}  # NVIDIA's Inception returns classes otherwise
-        self.name = f"{path.name} (SHA-256 {self.sha256[:12]}…)"
+        self.path, self.device, self.how = path, device, {}
+        if str(path) == TORCH_FIDELITY:
+            self.network, self.name = _of_torch_fidelity()
+            self.sha256, self.is_fid = self.name, True
+        else:
+            self.network, self.sha256 = _of_file(path, device)
+            self.name, self.is_fid = f"{path.name} (SHA-256 {self.sha256[:12]}…)", self.sha256 in FIDS
+            if "return_features" in [argument.name for argument in self.network.forward.schema.arguments]:
+                self.how = {"return_features": True}  # NVIDIA's Inception returns classes otherwise
+        self.network = self.network.to(device).eval()
         self.width = self(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
 
     @torch.no_grad()
@@ -53,6 +58,7 @@ class Extractor:
                 made = self.network(part.expand(-1, 3, -1, -1).contiguous().to(self.device), **self.how)
             except Exception as error:
                 raise UserError(f"--features {self.path} does not take uint8 (N, 3, H, W) ({_brief(error)})") from None
+            made = made[0] if isinstance(made, tuple) and len(made) == 1 else made  # torch-fidelity's
             if not isinstance(made, Tensor) or made.ndim < 2 or len(made) != len(part):
                 raise UserError(f"--features {self.path} returns no features (N, D), one row an image")
             found.append(made.flatten(1).float().cpu())
@@ -64,6 +70,33 @@ class Extractor:
         here = distributed.part(torch.arange(count))
         made = [self(torch.from_numpy(dataset.images[ids.numpy()])) for ids in here.split(AT_A_TIME)]
         return distributed.gather(torch.cat(made), count)
+
+
+def _of_file(path: Path, device: str) -> tuple[torch.jit.ScriptModule, str]:
+    """The network in a TorchScript file, and the file's SHA-256. Raises UserError for any other file."""
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        return torch.jit.load(path, map_location=device), sha256
+    except OSError as error:
+        raise UserError(f"--features {path} cannot be read ({error.strerror}): name a TorchScript file") from None
+    except Exception as error:  # a foreign file may raise anything
+        raise UserError(f"--features {path} is no TorchScript file ({_brief(error)})") from None
+
+
+def _of_torch_fidelity() -> tuple[nn.Module, str]:
+    """FID's Inception as torch-fidelity has it, and its name. Raises UserError where it or its weights are missing."""
+    try:
+        import torch_fidelity
+        from torch_fidelity.utils import create_feature_extractor
+    except ImportError:
+        raise UserError(
+            f"--features {TORCH_FIDELITY}: it is not installed; pip install torch-fidelity, or name a TorchScript file"
+        ) from None
+    try:
+        network = create_feature_extractor("inception-v3-compat", ["2048"], cuda=False)
+    except Exception as error:  # it downloads its weights, where they are not there yet
+        raise UserError(f"--features {TORCH_FIDELITY}: its Inception could not be made ({_brief(error)})") from None
+    return network, f"{TORCH_FIDELITY} {torch_fidelity.__version__}, inception-v3-compat, 2048"
 
 
 def _brief(error: Exception) -> str:

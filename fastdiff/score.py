@@ -117,10 +117,19 @@ def _write(place: Path, found: Tensor) -> None:
         raise UserError(f"{place} was not written ({error.strerror}): make room there") from None
 
 
+def unfinished(saved: Path) -> bool:
+    """Whether passes have left something from which results are still to be made."""
+    return any(_passes(saved))
+
+
 def forget(saved: Path) -> None:
-    """Remove what passes left, once the results are written."""
-    for place in saved.parent.glob(f".{saved.name}.*-*.safetensors"):
+    """Remove what passes left, once all results are written."""
+    for place in _passes(saved):
         place.unlink()
+
+
+def _passes(saved: Path) -> list[Path]:
+    return [*saved.parent.glob(f".{saved.name}.*-*.safetensors")]
 
 
 def key_of(model: nn.Module, extractor: Extractor, dataset: data.Dataset | None, vae: Path | None) -> str:

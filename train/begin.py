@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, checks, data, distributed, vae
-from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, fitted
+from fastdiff import checkpoint, checks, data, distributed, files, vae
+from fastdiff.denoiser import OURS, Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
 from fastdiff.networks import enter
 from fastdiff.precision import agreed, check
 from fastdiff.run import Run
+from train import students
 from train.options import LoopOptions
 
 MODELS = {  # what models are called, by kind; teachers by whether they know classes
@@ -33,7 +34,7 @@ MODELS = {  # what models are called, by kind; teachers by whether they know cla
 }
 TAKES = {  # by recipe, the kinds of model that it takes; each makes the kind of its own name
     "teacher": (),
-    "stage1": ("teacher",),
+    "stage1": ("teacher", "unconditional"),
     "stage2": ("stage1", "stage2", "unconditional"),
     "sid": ("stage1", "teacher", "unconditional"),
     "encoder": ("stage1", "encoder", "unconditional"),
@@ -113,6 +114,11 @@ def _teacher(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     teacher = checkpoint.load(path, device=options.device)
     check_kind(recipe.name, teacher, path)
     checks.finite(teacher, path)
+    if teacher.num_classes and teacher.config.network not in OURS and students.drops_labels(teacher):
+        files.warn(
+            f"the network {teacher.config.network!r} drops labels itself while it trains, so that its student learns "
+            "another thing than it is asked: keep its own code from it, as labels are dropped here"
+        )
     recipe.check(options, teacher)
     return teacher
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.denoiser import Denoiser
 from fastdiff.errors import UserError
 from fastdiff.run import Run
 from train import begin, loop, students
@@ -91,6 +91,7 @@ def recipe(
 
     def check_teacher(options: Options, teacher: Denoiser) -> None:
         check_steps(teacher, options)
+        check_outputs(teacher, options)
         check(options, teacher)
 
     def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
@@ -100,7 +101,7 @@ def recipe(
     return begin.Recipe(
         name,
         PRESETS,
-        lambda options, teacher, dataset: config_of(teacher, name),
+        lambda options, teacher, dataset: teacher.config,
         learn,
         check=check_teacher,
         rounds=plan,
@@ -118,12 +119,8 @@ def _run(
             teacher = checkpoint.load(folder.round(steps), device=options.device)
             continue
         torch.manual_seed(options.seed)
-        config = replace(config_of(teacher, kind), kind=kind, sampler=sampler, steps=steps)
-        if config.unet == teacher.config.unet:
-            student = copy.deepcopy(teacher)
-            student.config = config
-        else:
-            student = students.student_of(teacher, config)
+        student = copy.deepcopy(teacher)
+        student.config = replace(teacher.config, kind=kind, sampler=sampler, steps=steps)
         if updates := round_updates(options, steps):
             begin.freeze(teacher, options)
             of_steps = partial(loss, teacher=teacher, steps=steps)
@@ -133,11 +130,6 @@ def _run(
         teacher = student
     distributed.first(folder.remove_resumable)  # if a kill has left them
     return teacher
-
-
-def config_of(teacher: Denoiser, kind: str) -> DenoiserConfig:
-    """What a round's student is, but for its steps; a pair of students is guided by two calls of one output each."""
-    return teacher.config if kind == "two_student" else students.settled(teacher.config)
 
 
 def plan(options: Options) -> dict[str, int]:
@@ -156,6 +148,17 @@ def check_steps(teacher: Denoiser, options: Options) -> None:
     if trained is not None and trained != options.start_steps:
         raise UserError(
             f"{options.teacher} was trained for {trained} steps: use --start-steps {trained}, got {options.start_steps}"
+        )
+
+
+def check_outputs(teacher: Denoiser, options: Options) -> None:
+    """Raises UserError for a teacher without classes whose students have a second output: stage 1 teaches it."""
+    is_teacher = teacher.config.kind == "teacher" and not teacher.num_classes
+    if is_teacher and students.settled(teacher.config) != teacher.config:
+        raise UserError(
+            f"{options.teacher} predicts ε alone, and with few steps a student has to know x, too: first run python -m "
+            f"train.stage1 --teacher {options.teacher} --out {options.teacher.parent / 'stage1'}, and give its --out "
+            "here"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastdiff import checks, cli, data
-from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, Guided, is_guidance
+from fastdiff.denoiser import MAX_GUIDANCE, Denoiser, DenoiserConfig, is_guidance, with_guidance
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
@@ -22,7 +22,7 @@ class Options(LoopOptions):
     teacher: Path
     """A run of train.teacher, or one of its checkpoints."""
     guidance_range: tuple[float, float] = (0.0, 4.0)
-    """Guidance strengths w to learn; twice the same number makes a student without a w input."""
+    """Guidance strengths w to learn, where there are classes; twice the same number: a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
     clip: bool = True
     """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
@@ -74,22 +74,19 @@ def train(options: Options) -> Denoiser | None:
 
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
     student = student_of(teacher, options.guidance_range)
-    guided = Guided(begin.freeze(teacher, options))
+    guided, limits = with_guidance(begin.freeze(teacher, options)), student.config.guidance_range
     clip = teacher.config.limit if options.clip else None
 
     def loss(model: Denoiser, batch: Batch) -> Tensor:
-        return regression.stage1(
-            model, guided, batch, guidance_range=options.guidance_range, weight=options.weight, clip=clip
-        )
+        return regression.stage1(model, guided, batch, guidance_range=limits, weight=options.weight, clip=clip)
 
     return loop.fit(student, loss, dataset, options, name="stage1")
 
 
 def student_config(teacher: Denoiser, guidance_range: tuple[float, float]) -> DenoiserConfig:
-    low, high = guidance_range
-    config = students.settled(teacher.config)
-    unet = replace(config.unet, guidance_input=low < high)
-    return replace(config, unet=unet, unconditional=None, kind="stage1", guidance_range=(low, high))
+    config, limits = students.settled(teacher.config), guidance_range if teacher.num_classes else None
+    unet = replace(config.unet, guidance_input=limits is not None and limits[0] < limits[1])
+    return replace(config, unet=unet, unconditional=None, kind="stage1", guidance_range=limits)
 
 
 def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
@@ -101,7 +98,12 @@ def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denois
 
 
 def check_teacher(options: Options, teacher: Denoiser) -> None:
-    """Raises UserError for a teacher that cannot guide, where there is guidance to learn."""
+    """Raises UserError for a teacher that cannot guide, where there is guidance to learn, and where nothing is."""
+    if not teacher.num_classes and students.settled(teacher.config) == teacher.config:
+        raise UserError(
+            f"{options.teacher} is unconditional and predicts {teacher.config.parameterization}, so that stage 1 has "
+            "nothing to add: go on with train.stage2"
+        )
     if options.guidance_range[1] > 0:
         checks.can_guide(teacher.config, options.teacher, "distil it as it is with --guidance-range 0 0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -53,3 +54,25 @@ def student_of(teacher: Denoiser, config: DenoiserConfig) -> Denoiser:
 def _with_second(weight: Tensor, like: Tensor) -> Tensor:
     """The first output's rows, and zeros for the second's where there is one."""
     return weight if weight.shape == like.shape else torch.cat([weight, torch.zeros_like(weight)])
+
+
+@torch.no_grad()
+def drops_labels(teacher: Denoiser) -> bool:
+    """Whether a network forgets labels of its own accord while it trains, as its student then would, too.
+
+    By the same random numbers, images of two classes come out alike where the labels were dropped, and nowhere else. Of
+    64 images, one in ten dropped, none would be in 0.1 % of the cases.
+    """
+    network, device = copy.deepcopy(teacher), next(teacher.parameters()).device
+    z = torch.randn(64, *teacher.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def alike(training: bool) -> Tensor:
+        network.train(training)
+        with torch.random.fork_rng():
+            outputs = []
+            for label in (0, teacher.num_classes - 1):
+                torch.manual_seed(0)
+                outputs.append(network(z, z.new_ones(len(z)), torch.full((len(z),), label, device=device)))
+        return (outputs[0] == outputs[1]).flatten(1).all(1)
+
+    return bool((alike(training=True) & ~alike(training=False)).any())

@@ -39,6 +39,10 @@ def check(config: DenoiserConfig, sampler: str, steps: int, guidance: float) -> 
     of_model = {
         "network": (config.network != "unet", f"is {config.network!r}, which diffusers does not have"),
         "sampler": (sampler not in ("ddim", "one_step") and steps > 1, f"is {sampler!r}: its scheduler is not there"),
+        "outputs": (
+            config.unet.outputs > 1,
+            f"is {config.unet.outputs} (it predicts ε and x side by side), and its networks have one",
+        ),
         "parameterization": (
             config.parameterization not in PREDICTIONS and not (edm and steps == 1),
             f"is {config.parameterization!r}, which its schedulers do not know for several steps",

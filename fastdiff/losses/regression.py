@@ -62,13 +62,14 @@ def stage1(
     teacher: nn.Module,
     batch: Batch,
     *,
-    guidance_range: tuple[float, float],
+    guidance_range: tuple[float, float] | None,
     weight: str = "snr",
     clip: float | None = None,
 ) -> Tensor:
     """The student's velocity against the guided teacher's at the same (z, t, w); t ~ U[0, 1] ([GD] algorithm 1).
 
-    clip: limit on the teacher's x̂, as in its sampler; strong guidance drives x̂ far outside the data's range.
+    guidance_range: None without classes. clip: limit on the teacher's x̂, as in its sampler; strong guidance drives x̂
+    far outside the data's range.
     """
     angle = student.schedule.angle(batch.uniform(TIME))
     z, _ = batch.noised(angle)

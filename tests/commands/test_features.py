@@ -1,10 +1,12 @@
 """Scores on the features of a network that is given: what they are, resumed and over processes, and what is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -54,6 +56,15 @@ def rows():
     return json.loads(Path("results.json").read_text())["rows"]
 
 
+def reference():
+    return json.loads(Path("results.json").read_text())["reference"]
+
+
+def comparable(row):
+    """Of a row, what does not depend on how much of it had been made before."""
+    return {key: value for key, value in row.items() if key not in ("images_per_second", "nfe")}
+
+
 def expected_features() -> tuple[torch.Tensor, torch.Tensor]:
     digits, model = data.load("digits"), checkpoint.load("model")
     labels = torch.from_numpy(digits.labels[np.arange(30) * len(digits) // 30])
@@ -100,25 +111,75 @@ def test_a_reference_of_moments_does_as_well(run):  # noqa: F811
     assert json.loads(Path("results.json").read_text())["reference"]["distance"] == "distance"
 
 
+def test_a_known_network_makes_it_fid(run, monkeypatch):  # noqa: F811
+    assert run(*LINE).code == 0 and reference()["distance"] == "distance"
+    monkeypatch.setitem(features.FIDS, hashlib.sha256(Path("net.pt").read_bytes()).hexdigest(), "this one")
+    result = run(*LINE, "--overwrite")
+    assert reference()["distance"] == "FID" and "| FID |" in result.out
+
+
+def test_the_inception_of_torch_fidelity(run, monkeypatch):  # noqa: F811
+    """Its features come in a tuple, one tensor a name that was asked for."""
+
+    class Its(Pooled):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    def create_feature_extractor(name, list_features, cuda=True, **_):
+        assert name == "inception-v3-compat" and list_features == ["2048"] and not cuda
+        return Its()
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    its = (*LINE, "--features", "torch-fidelity")
+    assert_refused(run(*its), "torch-fidelity", "not installed")
+    library, utils = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.utils")
+    library.__version__, utils.create_feature_extractor = "0.4.0", create_feature_extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", library)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", utils)
+    assert run(*its).code == 0
+    assert reference()["distance"] == "FID" and "torch-fidelity 0.4.0" in reference()["features"]
+    found = rows()[0]["distance"]
+    assert run(*LINE, "--overwrite").code == 0 and rows()[0]["distance"] == found
+    utils.create_feature_extractor = lambda *_, **__: 1 / 0
+    assert_refused(run(*its, "--overwrite"), "torch-fidelity", "division by zero")
+
+
 def test_what_was_made_is_not_made_again(run, monkeypatch):  # noqa: F811
     monkeypatch.setattr(score, "PASS", 8)
-    assert run(*LINE).code == 0
-    whole, real, calls = rows()[0], score._features, []
+    both = (*LINE, "--guidance", 0, 1)
+    assert run(*both).code == 0
+    whole, real, calls = rows(), score._features, []
 
-    def killed(model, labels, ids, *rest):
-        calls.append(int(ids[0]))
-        if calls == [0, 8, 16]:
+    def killed(model, labels, ids, sampling, *rest):
+        calls.append((sampling.guidance, int(ids[0])))
+        if calls[-1] == (1, 16) and calls.count((1, 16)) == 1:
             raise KeyboardInterrupt
-        return real(model, labels, ids, *rest)
+        return real(model, labels, ids, sampling, *rest)
 
     monkeypatch.setattr(score, "_features", killed)
     Path("results.json").unlink()
-    assert run(*LINE).code == 130 and len([*Path().glob(".results.json.*")]) == 2
-    assert run(*LINE, "--seed", 1).code == 0  # others are not taken for it
-    assert calls == [0, 8, 16, 0, 8, 16, 24]
-    assert run(*LINE, "--overwrite").code == 0
-    assert {**rows()[0], "images_per_second": 0} == {**whole, "images_per_second": 0}
+    assert run(*both).code == 130 and len([*Path().glob(".results.json.*")]) == 6
+    assert [comparable(row) for row in rows()] == [comparable(whole[0])]  # a row is there as soon as it is made
+    assert run(*both).code == 0
+    assert calls == [(0, n) for n in (0, 8, 16, 24)] + [(1, n) for n in (0, 8, 16, 16, 24)]
+    assert [comparable(row) for row in rows()] == [comparable(row) for row in whole]
     assert not [*Path().glob(".results.json.*")]
+    assert_refused(run(*both), "results.json", "already exists")
+
+
+def test_other_images_are_not_taken_for_these(run, monkeypatch):  # noqa: F811
+    real, calls = score._features, []
+
+    def counted(model, labels, ids, *rest):
+        calls.append(len(ids))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, labels, ids, *rest)
+
+    monkeypatch.setattr(score, "PASS", 20)
+    monkeypatch.setattr(score, "_features", counted)
+    assert run(*LINE).code == 130
+    assert run(*LINE, "--seed", 1).code == 0 and calls == [20, 10, 20, 10]
 
 
 def test_processes_share_the_work(run):  # noqa: F811

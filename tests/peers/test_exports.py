@@ -24,6 +24,7 @@ from fastdiff.unet import UNetConfig
 
 STUDENT = {"kind": "stage2", "guidance_range": (0.0, 4.0), "steps": 3}
 UNCONDITIONAL = {"unet": {"num_classes": 0}}
+OF_NOISE = {"parameterization": "eps-x", "schedule": LinearBetaSchedule(), "time": "step", "unet": {"outputs": 2}}
 KINDS = {  # changes of TINY under "unet", the rest of DenoiserConfig
     "stage1": {"kind": "stage1", "guidance_range": (0.0, 4.0)},
     "stage2": STUDENT,
@@ -38,6 +39,8 @@ MORE_KINDS = {
     "of steps": {"parameterization": "eps", "schedule": LinearBetaSchedule(), "time": "step"},
     "EDM": {"parameterization": "edm", "schedule": KarrasSchedule()},
     "x": STUDENT | {"parameterization": "x"},
+    "ε and x": STUDENT | OF_NOISE,
+    "ε and x, stochastic": STUDENT | OF_NOISE | {"sampler": "stochastic"},
     "pair": {"unet": {"null_class": False}, "unconditional": replace(TINY, num_classes=0)},
     "without a null class": {"unet": {"null_class": False}},
 }
@@ -56,7 +59,7 @@ class Small(nn.Module):
         self.time = nn.Linear(1, 4)
         self.label = nn.Embedding(config.num_classes + 1, 4)
         self.first = nn.Conv2d(channels + 4, 8, 3, padding=1)
-        self.last = nn.Conv2d(8, channels, 3, padding=1)
+        self.last = nn.Conv2d(8, config.outputs * channels, 3, padding=1)
         if config.guidance_input:
             self.guidance = nn.Linear(1, 4)
 
@@ -155,8 +158,11 @@ RUNTIMES = {"onnx": in_onnxruntime, "torch": in_torch}
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("onnx", name) for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic", "EDM")]
-    + [("torch", name) for name in ("stage2", "two_student", "unconditional stochastic")],
+    [
+        ("onnx", name)
+        for name in ("stage1", "stochastic", "sid", "two_student", "unconditional stochastic", "EDM", "ε and x")
+    ]
+    + [("torch", name) for name in ("stage2", "two_student", "unconditional stochastic", "ε and x, stochastic")],
 )
 def test_each_kind_draws_the_same_elsewhere(run, format, name):  # noqa: F811
     """By a small network, which is traced in a second; labels, w and noises as each kind takes them."""
@@ -296,6 +302,8 @@ def test_networks_that_diffusers_cannot_be_are_refused_by_field(run, name):  # n
     [
         (STUDENT | {"sampler": "stochastic"}, ("--guidance", 1), "sampler is 'stochastic'"),
         (STUDENT | {"parameterization": "edm"}, ("--guidance", 1), "parameterization is 'edm'"),
+        (STUDENT | OF_NOISE, ("--guidance", 1), "outputs is 2"),
+        (STUDENT | OF_NOISE | {"steps": 1}, ("--guidance", 1), "outputs is 2"),
         ({}, ("--guidance", 1, "--steps", 2), "two calls"),
         (STUDENT, (), "--guidance"),
         (STUDENT, ("--guidance", 1, "--uint8"), "--uint8"),

@@ -192,6 +192,25 @@ def test_a_network_that_is_frozen_as_a_whole_is_refused(odd, monkeypatch):
         stage1.train(stage1.Options(teacher="teacher", out="stage1", guidance_range=(1.0, 1.0), **SMALL))
 
 
+class Forgetful(Odd):
+    """Drops labels itself, beside ordinary dropout."""
+
+    rate = 0.1
+
+    def forward(self, z, time, label, guidance):
+        if self.training:
+            label = torch.where(torch.rand(len(label)) < self.rate, self.label.num_embeddings - 1, label)
+        return torch.nn.functional.dropout(super().forward(z, time, label, guidance), 0.3, self.training)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_a_network_that_drops_labels_itself_is_told_of(odd, monkeypatch, capsys, rate):
+    monkeypatch.setitem(denoiser.NETWORKS, "odd", Forgetful)
+    monkeypatch.setattr(Forgetful, "rate", rate)
+    stage1.train(stage1.Options(teacher="teacher", out="student", dry_run=True, **SMALL))
+    assert ("'odd' drops labels itself" in capsys.readouterr().err) == (rate > 0)
+
+
 class Normalized(Odd):
     """With batch normalization, whose statistics are buffers."""
 

@@ -40,13 +40,14 @@ def test_every_recipe_makes_and_takes_them(tmp_path):
     unlabelled = UNetConfig((8, 8), 1, channels=8, channel_mult=(1,), blocks=1, head_width=8)
     plain = save_model(tmp_path / "plain", unet=unlabelled, **EPS)
     stage1.train(stage1.Options(teacher=labelled, out=tmp_path / "stage1", **SMALL))
+    stage1.train(stage1.Options(teacher=plain, out=tmp_path / "plain-stage1", **SMALL))
     stage2.train(stage2.Options(teacher=tmp_path / "stage1", out=tmp_path / "stage2", **ROUNDS))
-    stage2.train(stage2.Options(teacher=plain, out=tmp_path / "halved", **ROUNDS))
+    stage2.train(stage2.Options(teacher=tmp_path / "plain-stage1", out=tmp_path / "halved", **ROUNDS))
     encoder.train(encoder.Options(teacher=tmp_path / "stage1", out=tmp_path / "encoder", **ROUNDS))
     sid.train(sid.Options(teacher=tmp_path / "stage1", out=tmp_path / "sid", score_num=8, sigma_min=0.02, **SMALL))
     two_student.train(two_student.Options(teacher=labelled, out=tmp_path / "two", **ROUNDS))
     rounds = [f"{name}/steps-{n}" for name in ("stage2", "halved", "encoder") for n in (2, 1)]
-    for name in ("stage1", "sid", *rounds):
+    for name in ("stage1", "plain-stage1", "sid", *rounds):
         model = checkpoint.load(tmp_path / name)
         assert model.config.parameterization == "eps-x", name
         second = model.network.conv_out.weight[1:]
@@ -54,6 +55,20 @@ def test_every_recipe_makes_and_takes_them(tmp_path):
     assert checkpoint.load(tmp_path / "two/steps-1").config.parameterization == "eps"
     with pytest.raises(ValueError, match="two"):
         Guided(checkpoint.load(tmp_path / "stage1"))
+
+
+@pytest.mark.parametrize("recipe", [stage2, encoder])
+def test_a_second_output_is_learned_in_stage1_alone(tmp_path, recipe):
+    unlabelled = UNetConfig((8, 8), 1, channels=8, channel_mult=(1,), blocks=1, head_width=8)
+    plain = save_model(tmp_path / "plain", unet=unlabelled, **EPS)
+    with pytest.raises(UserError, match=r"ε alone.*train.stage1 --teacher \S+plain --out \S+stage1"):
+        recipe.train(recipe.Options(teacher=plain, out=tmp_path / "halved", **ROUNDS))
+    assert not (tmp_path / "halved").exists()
+    student = stage1.train(stage1.Options(teacher=plain, out=tmp_path / "stage1", **SMALL))
+    assert student.config.guidance_range is None and student.config.parameterization == "eps-x"
+    sure = save_model(tmp_path / "sure", unet=unlabelled)
+    with pytest.raises(UserError, match="unconditional and predicts v"):
+        stage1.train(stage1.Options(teacher=sure, out=tmp_path / "sure-stage1", **SMALL))
 
 
 def test_its_errors_are_not_multiplied_where_noise_is_all():
