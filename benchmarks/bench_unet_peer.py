@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from fastdiff.blocks import Attention, Branches
 from fastdiff.precision import LARGEST_ERROR, autocast
-from fastdiff.unet import PRESETS, Attention, UNet, UNetConfig
+from fastdiff.unet import PRESETS, UNet, UNetConfig
 from tests.peers.test_peers import from_diffusers
 
 AIM = 3.0  # times as fast as diffusers
@@ -94,7 +95,8 @@ def products(network: UNet, call: Work) -> tuple[dict[str, list[tuple]], Counter
     def of_linear(module: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> None:
         add("matrix products", out.numel() * module.in_features, F.linear, inputs[0], module.weight, module.bias)
 
-    def of_attention(module: Attention, inputs: tuple[Tensor], out: Tensor) -> None:
+    def of_attention(module: Attention, inputs: tuple[Branches], branches: Branches) -> None:
+        out = branches.x
         tokens, width = out[0, 0].numel(), out.shape[1] // module.heads
         q = torch.randn(len(out) * module.heads, tokens, width)
         p = torch.rand(len(q), tokens, tokens)

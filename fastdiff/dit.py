@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from fastdiff.unet import (
-    GUIDANCE_FREQUENCIES,
-    KEEP_DROPPED,
-    UNetConfig,
-    dropped,
-    guidance_features,
-    sinusoids,
-    with_null,
-    zeroed,
-)
+from fastdiff.blocks import dropped, zeroed
+from fastdiff.unet import GUIDANCE_FREQUENCIES, KEEP_DROPPED, UNetConfig, guidance_features, sinusoids, with_null
 
 FREQUENCIES = 256  # sines and cosines of the time
 EPS = 1e-6  # of the norms before attention and at the end

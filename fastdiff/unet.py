@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import kernels
+from fastdiff import blocks
+from fastdiff.blocks import Branches, Condition, ResidualBlock, ResidualNorm, Stage, convolved, zeroed
 from fastdiff.cast import as_autocast, is_whole
 
 GUIDANCE_FREQUENCIES = 32  # per cosine and sine, geometric between the two below, in radians per unit of w
 GUIDANCE_SLOWEST, GUIDANCE_FASTEST = 0.05, 10.0
-# What a stage is given of time, label and guidance: their embedding (B, 4·channels), or what it would make of that:
-# scale and shift (B, width), or a shift alone.
-Condition = Tensor | tuple[Tensor, ...]
 KEEP_DROPPED = partial(create_selective_checkpoint_contexts, [torch.ops.aten.native_dropout.default])
 
 
@@ -190,7 +188,7 @@ class UNet(nn.Module):
                 channels = out
             if level:
                 self.decoder.append(Stage(config, channels, channels, resample="up"))
-        self.norm_out = GroupNorm(config, channels)
+        self.norm_out = ResidualNorm(config, channels)
         self.conv_out = zeroed(nn.Conv2d(channels, in_channels * config.outputs, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
@@ -201,17 +199,17 @@ class UNet(nn.Module):
     def _forward(self, z: Tensor, embedding: Tensor, weights: AbstractContextManager) -> Tensor:
         if self.config.patch_size > 1:
             z = F.pixel_unshuffle(z, self.config.patch_size)
-        h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
-        conditions, skips = self._conditions(embedding), [h]
-        for stage in self.encoder:
-            h = self._run(stage, h, next(conditions), weights)
-            skips.append(h)
-        for stage in self.middle:
-            h = self._run(stage, h, next(conditions), weights)
+        h, bias = convolved(self.conv_in, z.contiguous(memory_format=torch.channels_last))
+        conditions, branches, skips = self._conditions(embedding), Branches(h, bias=bias), []
+        for stage in (*self.encoder, self.middle[0]):
+            branches, entered = self._run(stage, branches, next(conditions), weights)
+            skips.append(entered)
+        branches, _ = self._run(self.middle[1], branches, next(conditions), weights)
         for stage in self.decoder:
-            x = h if stage.resample == "up" else torch.cat([h, skips.pop()], dim=1)
-            h = self._run(stage, x, next(conditions), weights)
-        out = self.conv_out(self.norm_out(h, silu=True))  # channels-last; shuffling pixels ends that on some devices
+            skip = None if stage.resample == "up" else skips.pop()
+            branches, _ = self._run(stage, branches, next(conditions), weights, skip)
+        h, *_ = self.norm_out(branches, silu=True)
+        out = self.conv_out(h)  # channels-last; shuffling pixels ends that on some devices
         return (F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out).float()
 
     def embed(self, time: Tensor, label: Tensor | None, guidance: Tensor | None) -> Tensor:
@@ -232,132 +230,29 @@ class UNet(nn.Module):
 
     def _conditions(self, embedding: Tensor) -> Iterator[Condition]:
         """What each stage is given of the embedding: itself, or the stage's part of one product for all of them."""
-        blocks = [stage.block for stage in (*self.encoder, *self.middle, *self.decoder)] if fuses(embedding) else []
-        layers = [block.embed for block in blocks if isinstance(block, ResidualBlock)]
+        stages = (*self.encoder, *self.middle, *self.decoder) if blocks.fuses(embedding) else ()
+        layers = [stage.block.embed for stage in stages if isinstance(stage.block, ResidualBlock)]
         if not (layers and all(is_whole(layer.weight) for layer in layers)):
             yield from repeat(embedding)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         parts = 2 if self.config.scale_shift else 1
         sizes = [layer.out_features // parts for layer in layers for _ in range(parts)]
         pieces = iter(F.linear(embedding, weight, bias).split(sizes, dim=1))
-        for block in blocks:
-            yield tuple(islice(pieces, parts if isinstance(block, ResidualBlock) else 0))
+        for stage in stages:
+            yield tuple(islice(pieces, parts if isinstance(stage.block, ResidualBlock) else 0))
 
-    def _run(self, stage: Stage, h: Tensor, condition: Condition, weights: AbstractContextManager) -> Tensor:
+    def _run(self, stage: Stage, branches: Branches, condition: Condition, weights, skip: Tensor | None = None):
         if self.gradient_checkpointing and torch.is_grad_enabled():
 
-            def with_weights(h: Tensor, condition: Condition) -> Tensor:
+            def with_weights(*arguments) -> tuple[Branches, Tensor]:
                 with weights:
-                    return stage(h, condition)
+                    return stage(*arguments)
 
             # What is dropped is kept, not drawn again: the generator cannot be set back where a CUDA graph is recorded.
             drops = {"context_fn": KEEP_DROPPED} if self.training and stage.drops() else {}
-            return checkpoint(with_weights, h, condition, use_reentrant=False, preserve_rng_state=False, **drops)
-        return stage(h, condition)
-
-
-class Stage(nn.Module):
-    """A residual block with optional attention, or a change of resolution."""
-
-    def __init__(
-        self, config: UNetConfig, channels: int, out: int, *, attention: bool = False, resample: str | None = None
-    ):
-        super().__init__()
-        self.resample = resample
-        if resample is None or config.resample == "block":
-            self.block = ResidualBlock(config, channels, out, resample)
-        else:
-            self.block = ResamplingConv(config, channels, resample)
-        self.attention = Attention(config, out) if attention else None
-
-    def drops(self) -> bool:
-        return isinstance(self.block, ResidualBlock) and self.block.dropout.p > 0
-
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        h = self.block(x, condition)
-        return h if self.attention is None else self.attention(h)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, config: UNetConfig, channels: int, out: int, resample: str | None):
-        super().__init__()
-        self.resample, self.scale_shift, self.residual_scale = resample, config.scale_shift, config.residual_scale
-        self.norm1 = GroupNorm(config, channels)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.embed = nn.Linear(4 * config.channels, 2 * out if config.scale_shift else out)
-        self.norm2 = GroupNorm(config, out)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
-        projected = channels != out or (resample is not None and config.resample_skip_conv)
-        self.skip = nn.Conv2d(channels, out, 1) if projected else nn.Identity()
-
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        h, x = self.norm1(x, silu=True, fork=True)
-        h, bias = _without_bias(self.conv1, _resample(h, self.resample))
-        if isinstance(condition, Tensor):
-            condition = self.embed(condition).chunk(2 if self.scale_shift else 1, dim=1)
-        if self.scale_shift:
-            h = self.norm2(h, *condition, silu=True, x_bias=bias)
-        else:
-            h = self.norm2(h + condition[0][:, :, None, None], silu=True, x_bias=bias)
-        h, h_bias = _without_bias(self.conv2, dropped(h, self.dropout))
-        x, x_bias = _without_bias(self.skip, _resample(x, self.resample))
-        return kernels.residual_sum(x, h, x_bias=x_bias, h_bias=h_bias, scale=self.residual_scale)
-
-
-class ResamplingConv(nn.Module):
-    """A 3×3 convolution with stride 2, or after doubling the image."""
-
-    def __init__(self, config: UNetConfig, channels: int, resample: str):
-        super().__init__()
-        self.up, self.asymmetric = resample == "up", config.resample == "conv-asymmetric"
-        stride, padding = (1, 1) if self.up else (2, 0 if self.asymmetric else 1)
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
-
-    def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        if self.up:
-            return self.conv(_resample(x, "up"))
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
-
-
-class Attention(nn.Module):
-    """Self-attention over all pixels, with a residual."""
-
-    def __init__(self, config: UNetConfig, channels: int):
-        super().__init__()
-        self.heads = config.heads or channels // (config.head_width or channels)
-        self.order, self.residual_scale = config.qkv_order, config.residual_scale
-        self.norm = GroupNorm(config, channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.project = zeroed(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, x = self.norm(x, fork=True)
-        tokens = h.flatten(2).transpose(1, 2)  # (B, H·W, C), a view where x is channels-last
-        h, bias = _without_bias(self.project, kernels.attention(self.packed(self.qkv(tokens)), self.heads))
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])
-        return kernels.residual_sum(x, h, h_bias=bias, scale=self.residual_scale)
-
-    def packed(self, qkv: Tensor) -> Tensor:
-        """(B, N, 3·C) in the network's own order, as q, k, v with heads inside each."""
-        if self.order == "qkv-head":
-            return qkv
-        if self.order == "head-qkv":
-            return qkv.unflatten(2, (self.heads, 3, -1)).transpose(2, 3).flatten(2)
-        return qkv.unflatten(2, (self.heads, -1, 3)).movedim(-1, 2).flatten(2)
-
-
-class GroupNorm(nn.Module):
-    def __init__(self, config: UNetConfig, channels: int):
-        super().__init__()
-        self.groups = math.gcd(channels, max(1, min(config.groups, channels // config.min_group_width)))
-        self.eps = config.eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, **how):
-        """`kernels.group_norm`, which says what else there is."""
-        given = {"scale": scale, "shift": shift, **how}
-        return kernels.group_norm(x, self.groups, self.weight, self.bias, self.eps, **given)
+            arguments = Branches(branches.total()), condition, skip  # one image to be kept, not two
+            return checkpoint(with_weights, *arguments, use_reentrant=False, preserve_rng_state=False, **drops)
+        return stage(branches, condition, skip)
 
 
 def sinusoids(values: Tensor, width: int, *, endpoint: bool) -> Tensor:
@@ -382,38 +277,6 @@ def with_null(label: Tensor | None, time: Tensor, config: UNetConfig) -> Tensor 
             raise ValueError("this network has no null class, so it needs a label")
         return torch.full_like(time, config.num_classes, dtype=torch.int64)
     return label if config.num_classes else None
-
-
-def dropped(h: Tensor, dropout: nn.Dropout) -> Tensor:
-    """Dropout by one operation on every device, as KEEP_DROPPED asks."""
-    return torch.native_dropout(h, dropout.p, True)[0] if dropout.training and dropout.p else h
-
-
-def _resample(x: Tensor, direction: str | None) -> Tensor:
-    if direction == "down":
-        return kernels.downsample(x)
-    return kernels.upsample(x) if direction == "up" else x
-
-
-def fuses(x: Tensor) -> bool:
-    """Whether launches and passes over memory are to be saved, as on a GPU."""
-    return not x.is_cpu
-
-
-def _without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution of x, or the like, and its bias, if that is left to the next operation, which it costs nothing."""
-    if isinstance(layer, nn.Identity) or not fuses(x):
-        return layer(x), None
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, layer.weight), layer.bias
-    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """Zero weights, so that a new residual branch starts as the identity."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def _check(config: UNetConfig) -> None:

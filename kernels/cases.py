@@ -44,9 +44,10 @@ class Case(NamedTuple):
         return out if isinstance(out, tuple) else (out,)
 
     def backward(self, arguments: dict, out: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
-        """For one gradient of all results."""
+        """For one gradient of the first result, and of what has its shape; others get one of ones."""
         wanted = [arguments[name] for name in self.gradients]
-        return torch.autograd.grad(out, wanted, [gradient] * len(out), retain_graph=True)
+        given = [gradient if each.shape == gradient.shape else torch.ones_like(each) for each in out]
+        return torch.autograd.grad(out, wanted, given, retain_graph=True)
 
 
 IMAGES = {"cifar10": (256, (3, 32, 32)), "imagenet64": (64, (3, 64, 64))}
@@ -95,30 +96,47 @@ def _image_cases(preset: str, batch: int, shape: tuple[int, ...], dtype: torch.d
     return cases
 
 
-GROUP_NORMS = {  # preset -> (channels, height, whether scale and shift, SiLU); 32 groups each
+GROUP_NORMS = {  # preset -> (channels, height), with scale and shift, SiLU and the bias of the convolution before
+    "cifar10": [(256, 32), (256, 16), (256, 8)],
+    "imagenet64": [
+        *((channels, 64) for channels in (192, 384)),
+        *((channels, 32) for channels in (192, 384, 576)),
+        *((channels, 16) for channels in (384, 576, 768)),
+        *((channels, 8) for channels in (576, 768)),
+    ],
+}
+RESIDUAL_NORMS = {  # preset -> (channels of the sum, of the skip connection, height, SiLU)
     "cifar10": [
-        (256, 32, True, True),
-        (256, 16, True, True),
-        (256, 8, True, True),
-        (256, 16, False, False),
-        (512, 32, False, True),
-        (512, 16, False, True),
-        (512, 8, False, True),
+        (256, 0, 32, True),
+        (256, 0, 16, True),
+        (256, 0, 16, False),
+        (256, 0, 8, True),
+        (256, 0, 8, False),
+        (256, 256, 32, True),
+        (256, 256, 16, True),
+        (256, 256, 8, True),
     ],
     "imagenet64": [
-        (192, 64, True, True),
-        (384, 32, True, True),
-        (576, 16, True, True),
-        (768, 8, True, True),
-        (192, 64, False, True),
-        (384, 64, False, True),
-        (576, 64, False, True),
-        (384, 32, False, False),
-        (768, 32, False, True),
-        (960, 32, False, True),
-        (1152, 16, False, True),
-        (1344, 8, False, True),
-        (1536, 8, False, True),
+        (192, 0, 64, True),
+        (192, 0, 32, True),
+        (384, 0, 32, True),
+        (384, 0, 32, False),
+        (384, 0, 16, True),
+        (576, 0, 16, True),
+        (576, 0, 16, False),
+        (576, 0, 8, True),
+        (768, 0, 8, True),
+        (768, 0, 8, False),
+        (192, 192, 64, True),
+        (384, 192, 64, True),
+        (384, 192, 32, True),
+        (384, 384, 32, True),
+        (576, 384, 32, True),
+        (576, 384, 16, True),
+        (576, 576, 16, True),
+        (768, 576, 16, True),
+        (768, 576, 8, True),
+        (768, 768, 8, True),
     ],
 }
 ATTENTIONS = [  # (where, batch, tokens, heads, head width)
@@ -137,38 +155,37 @@ def _group_norm_cases(dtype: torch.dtype) -> list[Case]:
     cases = []
     for preset, norms in GROUP_NORMS.items():
         batch, _ = IMAGES[preset]
-        for channels, height, modulated, silu in norms:
-            if dtype == torch.float32 and preset == "imagenet64" and not modulated:
+        for channels, height in norms:
+            shape = (channels, height, height)
+            of_case = ("group_norm", batch, shape, dtype, partial(_group_norm, shape, dtype))
+            gradients = ("x", "weight", "bias", "scale", "shift", "x_bias")
+            for what, wanted in (("norm", gradients), ("norm sample", ())):
+                cases.append(Case(f"{what} {channels}@{height} {preset} {SHORT[dtype]}", *of_case, wanted))
+    for preset, norms in RESIDUAL_NORMS.items():
+        batch, _ = IMAGES[preset]
+        for channels, skip, height, silu in norms:
+            if dtype == torch.float32 and preset == "imagenet64" and skip:
                 continue  # one more form of each kernel, and nothing new in any
-            make = partial(_group_norm, (channels, height, height), dtype, modulated, silu)
-            biased = ("scale", "shift", "x_bias") if modulated else ()
-            what = f"norm{'+modulation' * modulated}{'+silu' * silu} {channels}@{height}"
-            gradients = ("x", "weight", "bias", *biased)
-            of_case = (batch, (channels, height, height), dtype, make)
-            cases.append(Case(f"{what} {preset} {SHORT[dtype]}", "group_norm", *of_case, gradients))
-            if modulated:
-                cases.append(Case(f"{what} sample {preset} {SHORT[dtype]}", "group_norm", *of_case))
+            shape, more = (channels, height, height), (skip, height, height)
+            make = partial(_residual_norm, shape, more, dtype, silu)
+            name = f"residual norm{'+silu' * silu} {channels}{f'+{skip}' if skip else ''}@{height} {preset}"
+            gradients = ("x", "h", *("skip",) * bool(skip), "weight", "bias", "x_bias")
+            both = (channels + skip, height, height)
+            cases.append(Case(f"{name} {SHORT[dtype]}", "residual_norm", batch, both, dtype, make, gradients))
     return cases
 
 
-RESIDUALS = {  # preset -> (channels, height, the convolutions' biases)
-    "cifar10": [(256, 32, ("h_bias",)), (256, 8, ("x_bias", "h_bias"))],
-    "imagenet64": [(192, 64, ("x_bias", "h_bias")), (576, 16, ("h_bias",))],
-}
+RESIDUALS = {"cifar10": [(256, 32), (256, 8)], "imagenet64": [(192, 64), (576, 16)]}  # preset -> (channels, height)
 
 
 def _residual_and_resampling_cases(dtype: torch.dtype) -> list[Case]:
     cases = []
-    for preset, sums in RESIDUALS.items():
-        batch, _ = IMAGES[preset]
-        for channels, height, biases in sums:
-            shape = (channels, height, height)
-            make = partial(_residual, shape, dtype, biases, 1.0)
-            name = f"residual {channels}@{height} {preset} {SHORT[dtype]}"
-            cases.append(Case(name, "residual_sum", batch, shape, dtype, make, ("x", "h", *biases)))
-    make = partial(_residual, (256, 32, 32), dtype, ("h_bias",), 0.5**0.5)
-    name = f"residual scaled 256@32 ddpm++ {SHORT[dtype]}"
-    cases.append(Case(name, "residual_sum", 256, (256, 32, 32), dtype, make, ("x", "h", "h_bias")))
+    sums = [(preset, *each, 1.0) for preset, several in RESIDUALS.items() for each in several]
+    for preset, channels, height, scale in (*sums, ("cifar10", 256, 32, 0.5**0.5)):
+        shape = (channels, height, height)
+        make = partial(_residual, shape, dtype, scale)
+        name = f"residual{' scaled' * (scale != 1)} {channels}@{height} {preset} {SHORT[dtype]}"
+        cases.append(Case(name, "residual_sum", IMAGES[preset][0], shape, dtype, make, ("x", "h", "x_bias")))
     for preset, (channels, height) in {"cifar10": (256, 32), "imagenet64": (192, 64)}.items():
         batch, _ = IMAGES[preset]
         for op, side in (("downsample", height), ("upsample", height // 2)):
@@ -242,19 +259,27 @@ def _randn(shape, dtype, batch, device) -> dict:
     return {"shape": (batch, *shape), "device": device} | _stream(batch, device)
 
 
-def _group_norm(shape, dtype, modulated, silu, batch, device) -> dict:
+def _norm(channels, device) -> dict:
+    return {"num_groups": 32, "silu": True} | {k: torch.rand(channels, device=device) for k in ("weight", "bias")}
+
+
+def _group_norm(shape, dtype, batch, device) -> dict:
     channels = shape[0]
-    arguments = {"x": _image(batch, shape, dtype, device), "num_groups": 32, "silu": silu}
-    arguments |= {name: torch.rand(channels, device=device) for name in ("weight", "bias")}
-    if modulated:
-        arguments |= {name: torch.randn(batch, channels, device=device).to(dtype) for name in ("scale", "shift")}
-        arguments["x_bias"] = torch.randn(channels, device=device)  # what is modulated comes from a convolution
-    return arguments | {"fork": not modulated}  # and what is not goes on to a sum, too
+    arguments = {"x": _image(batch, shape, dtype, device), "x_bias": torch.randn(channels, device=device)}
+    arguments |= {name: torch.randn(batch, channels, device=device).to(dtype) for name in ("scale", "shift")}
+    return arguments | _norm(channels, device)
 
 
-def _residual(shape, dtype, biases, scale, batch, device) -> dict:
+def _residual_norm(shape, more, dtype, silu, batch, device) -> dict:
+    arguments = {name: _image(batch, shape, dtype, device) for name in ("x", "h")}
+    arguments |= {"skip": _image(batch, more, dtype, device) if more[0] else None}
+    arguments["x_bias"] = torch.randn(shape[0], device=device)
+    return arguments | _norm(shape[0] + more[0], device) | {"silu": silu}
+
+
+def _residual(shape, dtype, scale, batch, device) -> dict:
     arguments = {name: _image(batch, shape, dtype, device) for name in ("x", "h")} | {"scale": scale}
-    return arguments | {name: torch.randn(shape[0], device=device) for name in biases}
+    return arguments | {"x_bias": torch.randn(shape[0], device=device)}
 
 
 def _resampling(shape, dtype, batch, device) -> dict:

@@ -29,9 +29,16 @@ ENOUGH_VISITS = {  # binary logarithms, measured, for groups of up to 2, 4 and 8
 }
 
 
-def residual_sum(x, h, *, x_bias, h_bias, scale) -> Tensor:
-    if x_bias is not None or h_bias is not None:
-        return reference.residual_sum(x, h, x_bias=x_bias, h_bias=h_bias, scale=scale)
+def residual_norm(x, h, skip, num_groups, weight, bias, eps, *, x_bias, scale, silu) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
+    image = total if skip is None else torch.cat([total, skip], dim=1)
+    y = group_norm(image, num_groups, weight, bias, eps, scale=None, shift=None, silu=silu)
+    return y, total, total if skip is None else skip
+
+
+def residual_sum(x, h, *, x_bias, scale) -> Tensor:
+    if h is None or x_bias is not None:
+        return reference.residual_sum(x, h, x_bias=x_bias, scale=scale)
     return x + h if scale == 1 else (x + h) * scale  # half precision is widened in PyTorch's registers
 
 
@@ -65,10 +72,6 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     else:
         way = _widened if half and size % 16 else _by_pytorch
     return way(x, num_groups, weight, bias, eps, scale, shift, silu, training)
-
-
-def group_norm_fork(x, *arguments, **options) -> tuple[Tensor, Tensor]:
-    return group_norm(x, *arguments, **options), x
 
 
 def _chunks_pay(visits: int, size: int, large: bool, dtype: torch.dtype, training: bool, plain: bool) -> bool:

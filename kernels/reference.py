@@ -100,14 +100,19 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def group_norm_fork(x, *arguments, **options) -> tuple[Tensor, Tensor]:
-    return group_norm(x, *arguments, **options), x
+def residual_norm(x, h, skip, num_groups, weight, bias, eps, *, x_bias, scale, silu) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
+    image = total if skip is None else torch.cat([total, skip], dim=1)
+    y = group_norm(image, num_groups, weight, bias, eps, scale=None, shift=None, silu=silu)
+    return y, total, total if skip is None else skip
 
 
-def residual_sum(x, h, *, x_bias, h_bias, scale) -> Tensor:
+def residual_sum(x, h, *, x_bias, scale) -> Tensor:
+    if h is None and x_bias is None and scale == 1:
+        return x
     dtype = _working_dtype(x, h)
-    total = _biased(x, x_bias, dtype) + _biased(h, h_bias, dtype)
-    return (total if scale == 1 else total * scale).to(torch.promote_types(x.dtype, h.dtype))
+    total = _biased(x if h is None else x.to(dtype) + h.to(dtype), x_bias, dtype)
+    return (total if scale == 1 else total * scale).to(x.dtype if h is None else torch.promote_types(x.dtype, h.dtype))
 
 
 def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import rotation
+from fastdiff.blocks import GroupNorm
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.exports.compare import Run
@@ -25,7 +26,7 @@ from fastdiff.exports.generator import TIME, Generator
 from fastdiff.imports.diffusers import PREDICTS
 from fastdiff.imports.model import names
 from fastdiff.imports.unet2d import BLOCKS, layout
-from fastdiff.unet import GroupNorm, UNet, UNetConfig, guidance_features, sinusoids
+from fastdiff.unet import UNet, UNetConfig, guidance_features, sinusoids
 
 LIBRARY, RUNTIME, NEEDS = "diffusers", "diffusers", ("diffusers",)
 TIMES = 1000  # at least so many in the table, whose ᾱ the scheduler multiplies up in float32

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.blocks import Stage
 from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, filled
 from fastdiff.errors import UserError
 from fastdiff.imports.account import Tensors
-from fastdiff.unet import Stage, UNet, UNetConfig
+from fastdiff.unet import UNet, UNetConfig
 
 Peer = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (z, step, label) -> the network's output
 

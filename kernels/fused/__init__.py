@@ -2,7 +2,7 @@
 
 from .affine_update import add_noise, affine_update
 from .attention import attention
-from .group_norm import group_norm, group_norm_fork
+from .group_norm import group_norm, residual_norm
 from .philox import rand, randn
 from .regression_loss import affine_regression_loss
 from .resample import downsample, upsample
@@ -16,9 +16,9 @@ __all__ = [
     "attention",
     "downsample",
     "group_norm",
-    "group_norm_fork",
     "rand",
     "randn",
+    "residual_norm",
     "residual_sum",
     "sid_generator_loss",
     "upsample",

@@ -3,11 +3,13 @@
 Also what both paths compute alike. Arguments that stand in many kernels, without a comment there (B samples of pixels ×
 channels, channels-last):
 
-    x, y, dx, dy    (B, pixels, channels): the image, the result and their gradients
+    y, dy           (B, pixels, channels): the result and its gradient
+    x, dx           (B, pixels, seam): the image, but for the channels of skip, and its gradient
+    skip, dskip     (B, pixels, channels − seam): the rest of the image's channels; None, and seam = channels
     mean, rstd      (B, groups) float32
     weight, bias    (channels,)
     scale, shift    (B, channels), rows `…_stride` elements apart; or None
-    x_bias          (channels,), added to x first; or None
+    x_bias          (seam,), added to x first; or None
     SILU            whether SiLU follows
     SIZE            channels of a group
 """
@@ -51,10 +53,88 @@ def center(mu, x_bias, channel, inside):
 
 
 @triton.jit
-def normalized_and_gradient(x, dy, at, mask, middle, r, gain, offset, SILU: tl.constexpr):
-    """(x̂, the gradient of u) of a tile; middle (the `center`), r, gain, offset: of its channels."""
-    xhat = (load(x, at, mask) - middle[None, :]) * r[None, :]
-    g = load(dy, at, mask)
+def load_tile(image, pitch, sample, pixels, row, channel, mask):
+    """Of an image (B, pixels, …) whose rows are `pitch` elements apart."""
+    return load(image + sample.to(tl.int64) * pixels * pitch, row[:, None] * pitch + channel[None, :], mask)
+
+
+@triton.jit
+def store_tile(image, pitch, sample, pixels, row, channel, value, mask):
+    store(image + sample.to(tl.int64) * pixels * pitch, row[:, None] * pitch + channel[None, :], value, mask)
+
+
+@triton.jit
+def _sides(skip, seam, channel, mask):
+    """(which of a tile are x's, which are skip's, their channels there); without skip both are all."""
+    of_x, of_skip, beside = mask, mask, channel
+    if skip is not None:
+        of_x, of_skip, beside = mask & (channel < seam)[None, :], mask & (channel >= seam)[None, :], channel - seam
+    return of_x, of_skip, beside
+
+
+@triton.jit
+def load_image(x, skip, seam, channels, sample, pixels, row, channel, mask):
+    """A tile of x and of skip beside it."""
+    of_x, of_skip, beside = _sides(skip, seam, channel, mask)
+    v = load_tile(x, seam, sample, pixels, row, channel, of_x)
+    if skip is not None:
+        v += load_tile(skip, channels - seam, sample, pixels, row, beside, of_skip)
+    return v
+
+
+@triton.jit
+def load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask):
+    """A tile of (x + h + x_bias)·factor, rounded as it is kept in `total`, if it is, and of skip beside it."""
+    of_x, of_skip, beside = _sides(skip, seam, channel, mask)
+    v = load_tile(x, seam, sample, pixels, row, channel, of_x)
+    if h is not None:
+        v += load_tile(h, seam, sample, pixels, row, channel, of_x)
+    if x_bias is not None:
+        v = tl.where(of_x, v + load(x_bias, channel, channel < seam)[None, :], 0.0)
+    if total is not None:
+        v = (v * tl.cast(factor, tl.float32)).to(total.dtype.element_ty).to(tl.float32)
+        store_tile(total, seam, sample, pixels, row, channel, v, of_x)
+    if skip is not None:
+        v += load_tile(skip, channels - seam, sample, pixels, row, beside, of_skip)
+    return v
+
+
+@triton.jit
+def store_gradients(
+    dx,
+    dskip,
+    also,  # (B, pixels, seam), rows `…_pitch` elements apart: another gradient of the sum; or None
+    also_pitch,
+    other,  # of skip or, without skip, of the sum again; or None
+    other_pitch,
+    factor,  # of the sum
+    gradient,  # of a tile
+    seam,
+    channels,
+    sample,
+    pixels,
+    row,
+    channel,
+    mask,
+):
+    """Add the other gradients to a tile's, and store that of x, h and x_bias, which is returned, and that of skip."""
+    of_x, of_skip, beside = _sides(dskip, seam, channel, mask)
+    if also is not None:
+        gradient += load_tile(also, also_pitch, sample, pixels, row, channel, of_x)
+    if other is not None:
+        gradient += load_tile(other, other_pitch, sample, pixels, row, beside, of_skip)
+    if dskip is not None:
+        store_tile(dskip, channels - seam, sample, pixels, row, beside, gradient, of_skip)
+    gradient = tl.where(of_x, gradient * tl.cast(factor, tl.float32), 0.0)
+    store_tile(dx, seam, sample, pixels, row, channel, gradient, of_x)
+    return gradient
+
+
+@triton.jit
+def normalized_and_gradient(v, dy, middle, r, gain, offset, SILU: tl.constexpr):
+    """(x̂, the gradient of u) of a tile of the image and of dy; middle (the `center`) and the rest: of its channels."""
+    xhat = (v - middle[None, :]) * r[None, :]
+    g = dy
     if SILU:
         g *= _silu_slope(xhat * gain[None, :] + offset[None, :])
     return xhat, g
@@ -67,10 +147,8 @@ def input_gradient(xhat, g, r, gain, mean_g, mean_gx):
 
 
 @triton.jit
-def _bundle(
-    pixels, channels, bundles, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
-):
-    """(sample, first group, channels, which exist, offsets in the sample and mask of the tile) of a program.
+def _bundle(pixels, bundles, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """(sample, first group, rows, channels, which of these exist, the tile's mask) of a program.
 
     Each group of SIZE channels takes PADDED columns of the tile, a power of two.
     """
@@ -82,8 +160,7 @@ def _bundle(
     else:
         channel, inside = (first + column // PADDED) * SIZE + column % PADDED, column % PADDED < SIZE
     row = tl.arange(0, ROWS)
-    at = row[:, None] * channels + channel[None, :]
-    return sample, first, channel, inside, at, (row < pixels)[:, None] & inside[None, :]
+    return sample, first, row, channel, inside, (row < pixels)[:, None] & inside[None, :]
 
 
 @triton.jit
@@ -103,7 +180,11 @@ def one_pass_kernel(
     y,
     mean,
     rstd,
+    total,  # (B, pixels, seam): the sum, where it is wanted; or None
     x,
+    h,  # (B, pixels, seam): the other part of the sum; or None
+    factor,  # of the sum
+    skip,
     weight,
     bias,
     scale,
@@ -113,6 +194,7 @@ def one_pass_kernel(
     x_bias,
     eps,
     pixels,
+    seam,
     channels,
     groups,
     bundles,  # of GROUPS groups, of a sample
@@ -122,11 +204,8 @@ def one_pass_kernel(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,  # SIZE rounded up to a power of two
 ):
-    sample, first, channel, inside, at, mask = _bundle(pixels, channels, bundles, ROWS, GROUPS, SIZE, PADDED)
-    start = sample.to(tl.int64) * pixels * channels
-    v = load(x + start, at, mask)
-    if x_bias is not None:
-        v = tl.where(mask, v + load(x_bias, channel, inside)[None, :], 0.0)
+    sample, first, row, channel, inside, mask = _bundle(pixels, bundles, ROWS, GROUPS, SIZE, PADDED)
+    v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask)
     of_groups = _sum_groups(tl.sum(v, axis=0), GROUPS, PADDED) / (pixels * SIZE)
     deviation = tl.where(mask, v - _to_columns(of_groups, GROUPS, PADDED)[None, :], 0.0)
     variance = _sum_groups(tl.sum(deviation * deviation, axis=0), GROUPS, PADDED) / (pixels * SIZE)
@@ -138,19 +217,24 @@ def one_pass_kernel(
     u = deviation * (gain * _to_columns(r, GROUPS, PADDED))[None, :] + offset[None, :]
     if SILU:
         u = silu(u)
-    store(y + start, at, u, mask)
+    store_tile(y, channels, sample, pixels, row, channel, u, mask)
 
 
 @triton.jit
 def one_pass_backward_kernel(
-    dx,  # None: not needed
+    dx,  # None: not needed, nor dskip
+    dskip,
     sum_g,  # (B, channels) float32: Σ g
     sum_gx,  # (B, channels) float32: Σ g·x̂
     sum_dx,  # (B, channels) float32: Σ dx; None: not needed
-    also,  # (B, pixels, channels), rows `also_pitch` elements apart: a gradient to be added to dx; or None
+    also,  # as `store_gradients` has these
     also_pitch,
+    other,
+    other_pitch,
+    factor,
     dy,
     x,
+    skip,
     mean,
     rstd,
     weight,
@@ -161,6 +245,7 @@ def one_pass_backward_kernel(
     shift_stride,
     x_bias,
     pixels,
+    seam,
     channels,
     groups,
     bundles,
@@ -170,24 +255,38 @@ def one_pass_backward_kernel(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    sample, first, channel, inside, at, mask = _bundle(pixels, channels, bundles, ROWS, GROUPS, SIZE, PADDED)
-    start = sample.to(tl.int64) * pixels * channels
+    sample, first, row, channel, inside, mask = _bundle(pixels, bundles, ROWS, GROUPS, SIZE, PADDED)
     group = sample.to(tl.int64) * groups + first + tl.arange(0, GROUPS)
     mu, r = _to_columns(tl.load(mean + group), GROUPS, PADDED), _to_columns(tl.load(rstd + group), GROUPS, PADDED)
     middle = center(mu, x_bias, channel, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
+    v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+    of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
+    xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
     of_g, of_gx = tl.sum(g, axis=0), tl.sum(g * xhat, axis=0)
-    tl.store(sum_g + sample.to(tl.int64) * channels + channel, of_g, mask=inside)
-    tl.store(sum_gx + sample.to(tl.int64) * channels + channel, of_gx, mask=inside)
+    at = sample.to(tl.int64) * channels + channel
+    tl.store(sum_g + at, of_g, mask=inside)
+    tl.store(sum_gx + at, of_gx, mask=inside)
     if dx is not None:
         mean_g = _to_columns(_sum_groups(gain * of_g, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
         mean_gx = _to_columns(_sum_groups(gain * of_gx, GROUPS, PADDED) / (pixels * SIZE), GROUPS, PADDED)
         gradient = input_gradient(xhat, g, r, gain, mean_g, mean_gx)
+        gradient = store_gradients(
+            dx,
+            dskip,
+            also,
+            also_pitch,
+            other,
+            other_pitch,
+            factor,
+            gradient,
+            seam,
+            channels,
+            sample,
+            pixels,
+            row,
+            channel,
+            mask,
+        )
         if sum_dx is not None:
-            of_dx = tl.sum(tl.where(mask, gradient, 0.0), axis=0)
-            tl.store(sum_dx + sample.to(tl.int64) * channels + channel, of_dx, mask=inside)
-        if also is not None:
-            apart = tl.arange(0, ROWS)[:, None] * also_pitch + channel[None, :]
-            gradient += load(also + sample.to(tl.int64) * pixels * also_pitch, apart, mask)
-        store(dx + start, at, gradient, mask)
+            tl.store(sum_dx + at, tl.sum(gradient, axis=0), mask=inside)

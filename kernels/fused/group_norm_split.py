@@ -12,8 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import load, store
-from .group_norm_one_pass import affine, center, input_gradient, normalized_and_gradient, silu
+from .common import load
+from .group_norm_one_pass import (
+    affine,
+    center,
+    input_gradient,
+    load_image,
+    load_sum,
+    load_tile,
+    normalized_and_gradient,
+    silu,
+    store_gradients,
+    store_tile,
+)
 
 
 @triton.jit
@@ -26,20 +37,24 @@ def _part(channels, tiles, blocks, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _rows(first, channel, inside, pixels, channels, ROWS: tl.constexpr):
-    """(offsets in a sample, mask) of its rows from `first` on."""
+def _rows(first, inside, pixels, ROWS: tl.constexpr):
+    """(rows of a sample from `first` on, mask of the tile)."""
     row = first + tl.arange(0, ROWS)
-    at = row[:, None] * channels + channel[None, :]
-    return at, (row < pixels)[:, None] & inside[None, :]
+    return row, (row < pixels)[:, None] & inside[None, :]
 
 
 @triton.jit
 def stats_kernel(
     tile_mean,
     tile_m2,  # summed squared deviations
+    total,  # (B, pixels, seam): the sum, where it is wanted; or None
     x,
+    h,  # (B, pixels, seam): the other part of the sum; or None
+    factor,  # of the sum
+    skip,
     x_bias,
     pixels,
+    seam,
     channels,
     tiles,
     blocks,
@@ -51,11 +66,9 @@ def stats_kernel(
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)  # of what each element of the tile has seen: Welford's recurrence
     m2 = tl.zeros((ROWS, CHANNELS), tl.float32)
-    start = sample.to(tl.int64) * pixels * channels
-    shifted = center(tl.zeros((CHANNELS,), tl.float32), x_bias, channel, inside)
     for step in range(SPAN // ROWS):
-        at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        v = load(x + start, at, mask) - shifted[None, :]
+        row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
+        v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask)
         deviation = tl.where(mask, v - mean, 0.0)
         mean += deviation * (1.0 / (step + 1))
         m2 += deviation * (v - mean)
@@ -111,6 +124,7 @@ def combine_stats_kernel(
 def apply_kernel(
     y,
     x,
+    skip,
     mean,
     rstd,
     weight,
@@ -121,6 +135,7 @@ def apply_kernel(
     shift_stride,
     x_bias,
     pixels,
+    seam,
     channels,
     groups,
     tiles,
@@ -135,13 +150,13 @@ def apply_kernel(
     group = sample.to(tl.int64) * groups + channel // SIZE
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
-        at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        u = (load(x + start, at, mask) - middle[None, :]) * (r * gain)[None, :] + offset[None, :]
+        row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
+        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        u = (v - middle[None, :]) * (r * gain)[None, :] + offset[None, :]
         if SILU:
             u = silu(u)
-        store(y + start, at, u, mask)
+        store_tile(y, channels, sample, pixels, row, channel, u, mask)
 
 
 @triton.jit
@@ -150,6 +165,7 @@ def sums_kernel(
     tile_gx,  # Σ g·x̂
     dy,
     x,
+    skip,
     mean,
     rstd,
     weight,
@@ -160,6 +176,7 @@ def sums_kernel(
     shift_stride,
     x_bias,
     pixels,
+    seam,
     channels,
     groups,
     tiles,
@@ -177,10 +194,11 @@ def sums_kernel(
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     of_g = tl.zeros((ROWS, CHANNELS), tl.float32)
     of_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
-    start = sample.to(tl.int64) * pixels * channels
     for step in range(SPAN // ROWS):
-        at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
+        row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
+        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
+        xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
         of_g += g
         of_gx += g * xhat
     at = (sample.to(tl.int64) * tiles + tile) * channels + channel
@@ -213,7 +231,7 @@ def combine_sums_kernel(
     """The sums of all tiles, and the means over each group of gain·g and gain·g·x̂."""
     pid = tl.program_id(0)
     sample, group = pid // groups, pid % groups
-    start, row = sample.to(tl.int64) * tiles * channels, sample.to(tl.int64) * channels
+    start = sample.to(tl.int64) * channels
     total_g = tl.zeros((BLOCK,), tl.float32)
     total_gx = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SIZE, BLOCK):
@@ -222,13 +240,13 @@ def combine_sums_kernel(
         of_g = tl.zeros((TILES, BLOCK), tl.float32)
         of_gx = tl.zeros((TILES, BLOCK), tl.float32)
         for first_tile in range(0, tiles, TILES):
-            at, mask = _rows(first_tile, channel, inside, tiles, channels, TILES)
-            of_g += load(tile_g + start, at, mask)
-            of_gx += load(tile_gx + start, at, mask)
+            tile, mask = _rows(first_tile, inside, tiles, TILES)
+            of_g += load_tile(tile_g, channels, sample, tiles, tile, channel, mask)
+            of_gx += load_tile(tile_gx, channels, sample, tiles, tile, channel, mask)
         gain, _ = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
         channel_g, channel_gx = tl.sum(of_g, axis=0), tl.sum(of_gx, axis=0)
-        tl.store(sum_g + row + channel, channel_g, mask=inside)
-        tl.store(sum_gx + row + channel, channel_gx, mask=inside)
+        tl.store(sum_g + start + channel, channel_g, mask=inside)
+        tl.store(sum_gx + start + channel, channel_gx, mask=inside)
         total_g += gain * channel_g
         total_gx += gain * channel_gx
     tl.store(mean_g + pid, tl.sum(total_g, axis=0) / (pixels * SIZE))
@@ -238,11 +256,16 @@ def combine_sums_kernel(
 @triton.jit
 def input_gradient_kernel(
     dx,
+    dskip,
     sum_dx,  # (B·tiles, channels) float32: Σ dx; None: not needed
-    also,  # (B, pixels, channels), rows `also_pitch` elements apart: a gradient to be added to dx; or None
+    also,  # as `store_gradients` has these
     also_pitch,
+    other,
+    other_pitch,
+    factor,
     dy,
     x,
+    skip,
     mean,
     rstd,
     mean_g,  # (B, groups), like the next: what `combine_sums_kernel` found
@@ -255,6 +278,7 @@ def input_gradient_kernel(
     shift_stride,
     x_bias,
     pixels,
+    seam,
     channels,
     groups,
     tiles,
@@ -270,18 +294,32 @@ def input_gradient_kernel(
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     of_g, of_gx = load(mean_g, group, inside), load(mean_gx, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    start = sample.to(tl.int64) * pixels * channels
-    of_dx = tl.zeros((ROWS, CHANNELS), tl.float32)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(SPAN // ROWS):
-        at, mask = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, channels, ROWS)
-        xhat, g = normalized_and_gradient(x + start, dy + start, at, mask, middle, r, gain, offset, SILU)
+        row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
+        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
+        xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
         gradient = input_gradient(xhat, g, r, gain, of_g, of_gx)
+        gradient = store_gradients(
+            dx,
+            dskip,
+            also,
+            also_pitch,
+            other,
+            other_pitch,
+            factor,
+            gradient,
+            seam,
+            channels,
+            sample,
+            pixels,
+            row,
+            channel,
+            mask,
+        )
         if sum_dx is not None:
-            of_dx += tl.where(mask, gradient, 0.0)
-        if also is not None:
-            apart, _ = _rows(tile * SPAN + step * ROWS, channel, inside, pixels, also_pitch, ROWS)
-            gradient += load(also + sample.to(tl.int64) * pixels * also_pitch, apart, mask)
-        store(dx + start, at, gradient, mask)
+            total += gradient
     if sum_dx is not None:
         at = (sample.to(tl.int64) * tiles + tile) * channels + channel
-        tl.store(sum_dx + at, tl.sum(of_dx, axis=0), mask=inside)
+        tl.store(sum_dx + at, tl.sum(total, axis=0), mask=inside)

@@ -156,9 +156,9 @@ def _derivative_wanted(arguments: tuple) -> bool:
     return _gradient_wanted(arguments)
 
 
-def only_gradient_wanted(x: Tensor) -> bool:
-    """Whether plain autograd, and neither a compiler nor `torch.func` nor forward mode, wants x's gradient."""
-    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+def plain_eager() -> bool:
+    """Whether neither a compiler nor `torch.func` nor forward mode is at work, but plain autograd at most."""
+    if torch.compiler.is_compiling():
         return False
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 

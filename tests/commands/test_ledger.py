@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff import unet
+from fastdiff import blocks, unet
 from kernels import reference
 
 ledger = pytest.importorskip("benchmarks.ledger", reason="needs Triton", exc_type=ImportError)
@@ -39,7 +39,7 @@ def found() -> dict:
 def as_measured() -> dict:
     """The U-Net as it was on that day, of more operations of PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet, "fuses", lambda x: False)
+        patch.setattr(blocks, "fuses", lambda x: False)
         patch.setattr(unet, "as_autocast", lambda network, device: nullcontext())
         patch.setattr(ledger.kernels, "residual_sum", lambda x, h, **of_other_networks: x + h)
         patch.setattr(sys.modules["kernels.fused.group_norm"], "only_gradient_wanted", lambda x: False)

@@ -8,7 +8,7 @@ import torch
 from helpers import on_reference, with_reference
 from operations import draw, error
 
-from fastdiff import samplers, unet
+from fastdiff import blocks, samplers
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
@@ -35,7 +35,7 @@ TINY = UNetConfig(
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """With all that is fused there; but the interpreter takes its time for each program: none are to fill a GPU."""
-    monkeypatch.setattr(unet, "fuses", lambda x: True)
+    monkeypatch.setattr(blocks, "fuses", lambda x: True)
     monkeypatch.setattr(sys.modules["kernels.fused.group_norm"], "multiprocessors", lambda device: 1)
 
 
