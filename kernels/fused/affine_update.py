@@ -13,7 +13,9 @@ from torch import Tensor
 from .. import reference
 from .common import coefficient, have_gradient, load, store, table, tile_of_sample, tiling
 from .launch import aligned, differentiable, launch, memory_format, needs_reference, operator
-from .philox import as_int64, key, normals_at, normals_in_order
+from .philox import as_int64, key, normals_at, normals_by_pixel, normals_in_order
+
+FEW = 512  # elements of a tile of whole pixels: few, as what does not divide by them is lost
 
 # The rows of the table of coefficients; what is not used has some other row's values.
 OF_Z, OF_A, OF_B, CLIP_Z, CLIP_X, OF_NOISE, PERCENTILE = (tl.constexpr(row) for row in range(7))
@@ -58,16 +60,16 @@ def _update_kernel(
     seed_low,  # int32, like the next two: which stream of noise
     seed_high,
     step,
-    channels,  # of a channels-last image, else 1
     n,
     samples,  # B
     Z_IN_SUM: tl.constexpr,  # whether there is a coef_z
     CLIP: tl.constexpr,
     STEP_ON: tl.constexpr,  # from the clipped sum, by the table's CLIP_Z and CLIP_X
-    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of a channels-last image, where there is noise; else None
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # how many elements of a block are a tile, if they are to be whole fours of pixels; else None
 ):
-    sample, tile, element, mask, at = tile_of_sample(n, BLOCK)
+    sample, tile, element, mask, at = tile_of_sample(n, BLOCK, TILE)
     image, total = _weighted_sum(z, a, b, coefs, sample, samples, at, mask, Z_IN_SUM)
     if CLIP:
         largest, factor = _limits(limit, coefs, sample, samples)
@@ -77,11 +79,14 @@ def _update_kernel(
             total = coefficient(coefs, CLIP_Z, sample, samples) * image + clipped
     if sample_ids is not None:
         sample_id = tl.load(sample_ids + sample)
-        if CHANNELS_LAST:  # noise is counted by (channel, row, column), whatever the memory order
-            logical = (element % channels) * (n // channels) + element // channels
+        if CHANNELS is None:
+            noise = normals_in_order(tile * (BLOCK // 4), sample_id, seed_low, seed_high, step, BLOCK)
+        elif TILE is None:
+            logical = element % CHANNELS * (n // CHANNELS) + element // CHANNELS
             noise = normals_at(logical, sample_id, seed_low, seed_high, step)
         else:
-            noise = normals_in_order(tile * (BLOCK // 4), sample_id, seed_low, seed_high, step, BLOCK)
+            four = tile * (TILE // CHANNELS // 4)
+            noise = normals_by_pixel(four, n // CHANNELS, sample_id, seed_low, seed_high, step, CHANNELS, BLOCK)
         if noise_out is not None:
             store(noise_out, at, noise, mask)
         total += coefficient(coefs, OF_NOISE, sample, samples) * noise
@@ -128,11 +133,24 @@ def _update_backward_kernel(
         store(grad_b, at, coefficient(coefs, OF_B, sample, samples) * inner, mask)
 
 
-def _launch_update(a: Tensor, coefs: Tensor, **given) -> None:
-    channels_last = memory_format(a) == torch.channels_last
-    channels = a.shape[1] if channels_last else 1
-    given |= {"channels": channels, "CHANNELS_LAST": channels_last, "samples": len(a)}
-    launch(_update_kernel, **tiling(a), a=a, coefs=coefs, **given)
+def _launch_update(a: Tensor, coefs: Tensor, *, sample_ids: Tensor | None, **given) -> None:
+    given |= _walking(a) if sample_ids is not None else tiling(a) | {"CHANNELS": None, "TILE": None}
+    launch(_update_kernel, a=a, coefs=coefs, sample_ids=sample_ids, samples=len(a), **given)
+
+
+def _walking(x: Tensor) -> dict[str, object]:
+    """The tiles of a kernel that makes noise, which is counted by (channel, row, column), whatever the memory order.
+
+    Four pixels of a channel share a counter block: in a channels-last image a tile has them all, and also begins where
+    128 bits of half precision do.
+    """
+    if memory_format(x) != torch.channels_last:
+        return tiling(x) | {"CHANNELS": None, "TILE": None}
+    _, channels, height, width = x.shape
+    unit = 8 * channels
+    if height * width % 4 or unit > FEW:
+        return tiling(x) | {"CHANNELS": channels, "TILE": None}
+    return tiling(x, FEW, FEW // unit * unit) | {"CHANNELS": channels, "num_warps": 2}
 
 
 @operator("affine_update")

@@ -24,12 +24,19 @@ def store(image, at, value, mask):
 
 
 @triton.jit
-def tile_of_sample(n, BLOCK: tl.constexpr):
-    """A program's (sample, tile, elements in the sample, which of them exist, offsets in the tensor): see `tiling`."""
-    pid, tiles = tl.program_id(0), tl.cdiv(n, BLOCK)
+def tile_of_sample(n, BLOCK: tl.constexpr, TILE: tl.constexpr = None):
+    """A program's (sample, tile, elements in the sample, which of them exist, offsets in the tensor): see `tiling`.
+
+    TILE: how many of the BLOCK elements are its own, the first ones; None: all.
+    """
+    SIZE: tl.constexpr = BLOCK if TILE is None else TILE
+    pid, tiles = tl.program_id(0), tl.cdiv(n, SIZE)
     sample, tile = pid // tiles, pid % tiles
-    element = tile * BLOCK + tl.arange(0, BLOCK)
-    return sample, tile, element, element < n, sample.to(tl.int64) * n + element
+    element = tile * SIZE + tl.arange(0, BLOCK)
+    mask = element < n
+    if SIZE < BLOCK:
+        mask &= tl.arange(0, BLOCK) < SIZE
+    return sample, tile, element, mask, sample.to(tl.int64) * n + element
 
 
 @triton.jit
@@ -68,10 +75,11 @@ def walking(x: Tensor, columns: int = CHANNELS) -> dict[str, int]:
     return sizes | {"ROWS": ROWS * CHANNELS // columns, "CHANNELS": columns}
 
 
-def tiling(x: Tensor) -> dict[str, object]:
-    """The grid and the arguments of a kernel that walks each sample of x in tiles."""
-    n = math.prod(x.shape[1:])
-    return {"grid": (x.shape[0] * triton.cdiv(n, BLOCK),), "n": n, "BLOCK": BLOCK}
+def tiling(x: Tensor, block: int | None = None, tile: int | None = None) -> dict[str, object]:
+    """The grid and the arguments of a kernel that walks each sample of x in tiles: of BLOCK elements if not given."""
+    n, block = math.prod(x.shape[1:]), block or BLOCK
+    sizes = {"n": n, "BLOCK": block} | ({} if tile is None else {"TILE": tile})
+    return {"grid": (x.shape[0] * triton.cdiv(n, tile or block),)} | sizes
 
 
 @triton.jit

@@ -77,18 +77,38 @@ def normal_pair(word0, word1):
 
 
 @triton.jit
-def normals_in_order(first_block, sample_id, seed_low, seed_high, step, BLOCK: tl.constexpr):
-    """BLOCK consecutive normals of a sample, from element 4·first_block on: one counter block for each four."""
-    block = first_block + tl.arange(0, BLOCK // 4)
+def _normals(block, sample_id, seed_low, seed_high, step):
+    """The four normals of each of N counter blocks, side by side: (4·N,)."""
     w0, w1, w2, w3 = sample_words(block, sample_id, seed_low, seed_high, step)
     n0, n1 = normal_pair(w0, w1)
     n2, n3 = normal_pair(w2, w3)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (4 * block.shape[0],))
+
+
+@triton.jit
+def normals_in_order(first_block, sample_id, seed_low, seed_high, step, BLOCK: tl.constexpr):
+    """BLOCK consecutive normals of a sample, from element 4·first_block on."""
+    return _normals(first_block + tl.arange(0, BLOCK // 4), sample_id, seed_low, seed_high, step)
+
+
+@triton.jit
+def normals_by_pixel(first_four, pixels, sample_id, seed_low, seed_high, step, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The normals of a channels-last sample from pixel 4·first_four on, in the order of its memory.
+
+    A counter block serves four pixels of one channel: it is computed once, and its normals go to where they belong.
+    `pixels` divides by 4, and of the BLOCK elements only whole fours of pixels count.
+    """
+    item = tl.arange(0, BLOCK // 4)  # a channel of four pixels
+    block = item % CHANNELS * (pixels // 4) + first_four + item // CHANNELS
+    normals = _normals(block, sample_id, seed_low, seed_high, step)
+    pixel, channel = tl.arange(0, BLOCK) // CHANNELS, tl.arange(0, BLOCK) % CHANNELS
+    at = (pixel // 4 * CHANNELS + channel) * 4 + pixel % 4
+    return tl.gather(normals, tl.minimum(at, BLOCK - 1), axis=0)  # the last pixels may not have all that they index
 
 
 @triton.jit
 def normals_at(element, sample_id, seed_low, seed_high, step):
-    """The normals of a sample at any elements: one counter block for each, where neighbours do not share one."""
+    """The normals of a sample at any elements: one counter block for each."""
     w0, w1, w2, w3 = sample_words(element // 4, sample_id, seed_low, seed_high, step)
     upper = (element & 2) != 0
     even, odd = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
