@@ -16,10 +16,9 @@ pytest.importorskip("diffusers")
 import digits_of_diffusers
 
 LONG = os.environ.get("FASTDIFF_CHAINS") == "long"
-STAGE1 = ("--updates", 1000) if LONG else ("--updates", 2, "--batch-size", 8)
-STAGE2 = ("--updates", 200) if LONG else (*STAGE1, "--start-steps", 8)
 CPU = ("--device", "cpu")
-NUM = 4096 if LONG else 30
+FEW = ("--updates", 2, "--batch-size", 8)
+NUM = 1024 if LONG else 30
 
 
 def done(run, *line):  # noqa: F811
@@ -42,8 +41,10 @@ def test_from_a_ddpm_to_onnx(run):  # noqa: F811
     onnxruntime = pytest.importorskip("onnxruntime")
     digits_of_diffusers.ddpm(Path("ddpm"), updates=4000 if LONG else 2)
     done(run, "import", "ddpm", "--out", "teacher")
-    done(run, "stage1", "--teacher", "teacher", "--out", "stage1", *CPU, *STAGE1)
-    done(run, "stage2", "--teacher", "stage1", "--out", "stage2", "--end-steps", 4, *CPU, *STAGE2)
+    updates = (("--updates", 1000), ("--updates", 500)) if LONG else (FEW, FEW)
+    done(run, "stage1", "--teacher", "teacher", "--out", "stage1", *CPU, *updates[0])
+    rounds = ("--start-steps", 32, "--end-steps", 4, *updates[1])
+    done(run, "stage2", "--teacher", "stage1", "--out", "stage2", *CPU, *rounds)
     done(run, "export", "stage2/steps-4", "--format", "onnx", "--out", "student")
     session = onnxruntime.InferenceSession("student/model.onnx")
     (found,) = session.run(None, {"noise": torch.randn(5, 1, 8, 8).numpy()})
@@ -54,12 +55,14 @@ def test_from_a_ddpm_to_onnx(run):  # noqa: F811
 
 
 def test_from_a_dit_in_latents_to_four_steps(run):  # noqa: F811
-    digits_of_diffusers.dit(Path("dit"), vae_updates=1500 if LONG else 2, updates=3000 if LONG else 2)
+    digits_of_diffusers.dit(Path("dit"), vae_updates=800 if LONG else 2, updates=1500 if LONG else 2)
     done(run, "import", "dit", "--out", "teacher")
     done(run, "latents", "--vae", "dit", "--data", "digits", *CPU)
     given = ("--data", "latents.safetensors", *CPU)
-    done(run, "stage1", "--teacher", "teacher", "--out", "stage1", *given, *STAGE1)
-    done(run, "stage2", "--teacher", "stage1", "--out", "stage2", "--end-steps", 4, *given, *STAGE2)
+    updates = (("--updates", 500), ("--updates", 150)) if LONG else (FEW, FEW)
+    done(run, "stage1", "--teacher", "teacher", "--out", "stage1", *given, *updates[0])
+    rounds = ("--start-steps", 32, "--end-steps", 4, *updates[1])
+    done(run, "stage2", "--teacher", "stage1", "--out", "stage2", *given, *rounds)
     line = ("--vae", "dit", "--steps", 4, "--guidance", 1, "--checkpoint")
     teacher, student = (distance(run, *line, name) for name in ("teacher", "stage2/steps-4"))
     told(teacher, "4 steps", student)
