@@ -23,7 +23,8 @@ class Options(LoopOptions):
     """A run of train.teacher, or one of its checkpoints."""
     guidance_range: tuple[float, float] = (0.0, 4.0)
     """Guidance strengths w to learn, where there are classes; twice the same number: a student without a w input."""
-    weight: Literal["v", "snr", "snr_trunc", "constant"] = "snr"
+    weight: Literal["v", "snr", "snr_trunc", "constant"] | None = None
+    """Default: snr, and snr_trunc for students that have to learn x̃, of which snr asks nothing where it counts."""
     clip: bool = True
     """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
     lr: float = 1e-3
@@ -36,6 +37,10 @@ class Options(LoopOptions):
             raise UserError(
                 f"--guidance-range must be two numbers 0 ≤ low ≤ high ≤ {MAX_GUIDANCE:g}, got {low:g} {high:g}"
             )
+
+    def lasting(self, options: dict) -> dict:
+        """Runs that began before the weight had two defaults say snr where nothing was asked for."""
+        return super().lasting(options | {"weight": options.get("weight") or "snr"})
 
 
 PRESETS = {
@@ -75,10 +80,11 @@ def train(options: Options) -> Denoiser | None:
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
     student = student_of(teacher, options.guidance_range)
     guided, limits = with_guidance(begin.freeze(teacher, options)), student.config.guidance_range
+    weight = options.weight or ("snr" if student.config.unet.outputs == 1 else "snr_trunc")
     clip = teacher.config.limit if options.clip else None
 
     def loss(model: Denoiser, batch: Batch) -> Tensor:
-        return regression.stage1(model, guided, batch, guidance_range=limits, weight=options.weight, clip=clip)
+        return regression.stage1(model, guided, batch, guidance_range=limits, weight=weight, clip=clip)
 
     return loop.fit(student, loss, dataset, options, name="stage1")
 

@@ -7,6 +7,7 @@ from common import TINY, randomize, save_model
 from fastdiff import checkpoint, denoiser, rotation
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.errors import UserError
+from fastdiff.losses import regression
 from fastdiff.schedule import LinearBetaSchedule
 from fastdiff.unet import UNet, UNetConfig
 from train import encoder, sid, stage1, stage2, students, two_student
@@ -69,6 +70,22 @@ def test_a_second_output_is_learned_in_stage1_alone(tmp_path, recipe):
     sure = save_model(tmp_path / "sure", unet=unlabelled)
     with pytest.raises(UserError, match="unconditional and predicts v"):
         stage1.train(stage1.Options(teacher=sure, out=tmp_path / "sure-stage1", **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "given", "used"), [("eps", None, "snr_trunc"), ("v", None, "snr"), ("eps", "snr", "snr")]
+)
+def test_the_weight_asks_for_x_where_it_is_learned(tmp_path, monkeypatch, parameterization, given, used):
+    teacher = save_model(tmp_path / "teacher", parameterization=parameterization)
+    real, asked = regression.stage1, []
+
+    def watched(*models, weight, **how):
+        asked.append(weight)
+        return real(*models, weight=weight, **how)
+
+    monkeypatch.setattr(regression, "stage1", watched)
+    stage1.train(stage1.Options(teacher=teacher, out=tmp_path / "stage1", weight=given, **SMALL))
+    assert set(asked) == {used}
 
 
 def test_its_errors_are_not_multiplied_where_noise_is_all():
