@@ -24,6 +24,7 @@ def _operations(contender: str):
     with pytest.MonkeyPatch.context() as patch:
         if contender != "fastdiff":
             patch.setattr(kernels, "group_norm", eager.group_norm)
+            patch.setattr(kernels, "residual_norm", eager.residual_norm)
             patch.setattr(kernels, "attention", eager.sdpa)
         yield
 

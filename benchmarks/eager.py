@@ -57,22 +57,29 @@ def sid_generator_loss(teacher_x, fake_x, generated_x, alpha) -> Tensor:
     return (difference * (teacher_x - generated_x - alpha * difference)).float().sum((1, 2, 3)) / norm
 
 
-def group_norm(
-    x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None, fork=False
-) -> Tensor | tuple[Tensor, Tensor]:
+def group_norm(x, num_groups, weight, bias, eps=1e-5, *, scale=None, shift=None, silu=False, x_bias=None) -> Tensor:
     image = x if x_bias is None else _biased(x, x_bias)
     # NCHW on a GPU: it knows no other order
     y = F.group_norm(image, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     y = F.silu(y) if silu else y
-    y = y.contiguous(memory_format=torch.channels_last)  # as the convolution after it wants it
-    return (y, x) if fork else y
+    return y.contiguous(memory_format=torch.channels_last)  # as the convolution after it wants it
 
 
-def residual_sum(x, h, *, x_bias=None, h_bias=None, scale=1.0) -> Tensor:
-    x, h = (image if bias is None else _biased(image, bias) for image, bias in ((x, x_bias), (h, h_bias)))
-    return x + h if scale == 1 else (x + h) * scale
+def residual_norm(
+    x, h, skip, num_groups, weight, bias, eps=1e-5, *, x_bias=None, scale=1.0, silu=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
+    image = total if skip is None else torch.cat([total, skip], dim=1)
+    y = group_norm(image, num_groups, weight, bias, eps, silu=silu)
+    return y, total, total if skip is None else skip
+
+
+def residual_sum(x, h, *, x_bias=None, scale=1.0) -> Tensor:
+    x = x if x_bias is None else _biased(x, x_bias)
+    total = x if h is None else x + h
+    return total if scale == 1 else total * scale
 
 
 def _biased(x, bias) -> Tensor:
@@ -115,6 +122,7 @@ FUNCTIONS = {
         affine_regression_loss,
         sid_generator_loss,
         group_norm,
+        residual_norm,
         residual_sum,
         downsample,
         upsample,

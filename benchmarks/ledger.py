@@ -63,6 +63,7 @@ OF_PRODUCTS = {  # shares of PRODUCTS; cuDNN's convolutions are ahead of that on
     "convolution_backward": 1.19,
     "mm": 0.4,
     "addmm": 0.4,
+    "addmm_": 0.4,
     "attention.forward": 0.45,
     "attention.backward_one_block": 0.3,
     "attention.backward_q": 0.3,
@@ -174,7 +175,7 @@ class Ledger(TorchDispatchMode):
             self.enter(name, moved, 2 * dy.numel() * prod(weight.shape[1:]) * (to_x + to_weight), to_x + to_weight)
             if to_bias:
                 self.enter("bias_backward", memory_behind(dy))
-        elif name in ("mm", "addmm", "bmm"):
+        elif name in ("mm", "addmm", "addmm_", "bmm"):
             self.enter(name, moved, 2 * made[0].numel() * args[-1].shape[-2])
         elif name.startswith(("_foreach", "_fused")):
             self.enter(name, moved, launches=_launches_of_lists(args))

@@ -33,9 +33,11 @@ from .group_norm_split import (
 from .launch import differentiable, last, launch, multiprocessors, needs_reference, operator, plain_eager
 
 # One-pass tiles.
-LARGEST = 16384  # elements
-LARGEST_BACKWARD = 32768  # bytes of x, and as many of dy: with twice that registers spill on sm_100
-NARROWEST, WIDEST = 16, 128  # channels; of 16 each row is 32 bytes of memory or more
+LARGEST = 65536  # bytes of the image; rows of 64 bytes for 1024 pixels
+LARGEST_BACKWARD = 32768  # bytes of x, and as many of dy: with twice that registers spill
+NARROWEST, WIDEST = 16, 128  # channels
+ROW, ROW_BACKWARD = 64, 32  # bytes that a tile's rows have at least, where all else allows it
+USUAL = 8192  # elements of a tile whose rows are wide enough
 
 # Tiles of the split path.
 CHANNELS, ELEMENTS = 64, 4096  # in registers at a time
@@ -95,21 +97,20 @@ def _parameter_gradients_kernel(
         store(d_x_bias, channel, tl.sum(of_x_bias, axis=0), channel < seam)
 
 
-def _one_pass(y: Tensor, num_groups: int, largest: int) -> dict[str, int] | None:
+def _one_pass(y: Tensor, num_groups: int, largest: int, row: int) -> dict[str, int] | None:
     """How the one-pass kernels divide an image, or None where the split path has to do it."""
     samples, channels, height, width = y.shape
-    size, rows = channels // num_groups, triton.next_power_of_2(height * width)
+    size, rows, programs = channels // num_groups, triton.next_power_of_2(height * width), samples * num_groups
     padded = triton.next_power_of_2(size)
-    widest = min(WIDEST, max(NARROWEST, LARGEST // 2 // rows))
-    groups = 1
-    while num_groups % (2 * groups) == 0 and 2 * groups * padded <= widest:
+    widest = min(WIDEST, max(row // y.element_size(), USUAL // rows))
+    groups, enough = 1, 2 * multiprocessors(y.device)
+    while num_groups % (2 * groups) == 0 and 2 * groups * padded <= widest and programs // (2 * groups) >= enough:
         groups *= 2
-    bundles = num_groups // groups
     vectors = padded == size or size % 8 == 0  # or else rows would be accessed in pieces of less than 16 bytes
-    fits = groups * size >= NARROWEST and rows * groups * padded <= largest
-    if not (vectors and fits and samples * bundles >= 2 * multiprocessors(y.device)):
+    fits = groups * size >= NARROWEST and rows * groups * padded * y.element_size() <= largest
+    if not (vectors and fits and programs // groups >= enough):
         return None
-    return {"bundles": bundles, "ROWS": rows, "GROUPS": groups, "SIZE": size, "PADDED": padded}
+    return {"bundles": num_groups // groups, "ROWS": rows, "GROUPS": groups, "SIZE": size, "PADDED": padded}
 
 
 def _warps(bundle: dict[str, int], elements: int) -> int:
@@ -213,7 +214,7 @@ def summed_and_normalized(
 
 def _forward(y: Tensor, num_groups: int, given: dict[str, object]) -> None:
     samples, channels = y.shape[:2]
-    if bundle := _one_pass(y, num_groups, LARGEST):
+    if bundle := _one_pass(y, num_groups, LARGEST, ROW):
         warps = _warps(bundle, 128 // y.element_size())
         _run(one_pass_kernel, samples * bundle["bundles"], given, **bundle, num_warps=warps)
         return
@@ -281,7 +282,7 @@ def _backward(dy: Tensor, num_groups: int, given: dict[str, object], sum_wanted:
     def sums(parts: int) -> dict[str, object]:
         return {"parts": parts, "sum_dx": dy.new_empty((parts, channels), dtype=torch.float32) if sum_wanted else None}
 
-    if bundle := _one_pass(dy, num_groups, LARGEST_BACKWARD // dy.element_size()):
+    if bundle := _one_pass(dy, num_groups, LARGEST_BACKWARD, ROW_BACKWARD):
         warps, of_dx = _warps(bundle, 64 // dy.element_size()), sums(samples)
         _run(one_pass_backward_kernel, samples * bundle["bundles"], given | of_dx, **bundle, num_warps=warps)
         return of_dx

@@ -26,6 +26,8 @@ from .group_norm_one_pass import (
     store_tile,
 )
 
+AHEAD = tl.constexpr(2)  # tiles: one is read from memory while the one before is summed
+
 
 @triton.jit
 def _part(channels, tiles, blocks, CHANNELS: tl.constexpr):
@@ -66,7 +68,8 @@ def stats_kernel(
     sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)  # of what each element of the tile has seen: Welford's recurrence
     m2 = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(SPAN // ROWS):
+    ahead: tl.constexpr = AHEAD if total is None else 1  # a sum has several images on their way as it is
+    for step in tl.range(SPAN // ROWS, num_stages=ahead):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
         v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask)
         deviation = tl.where(mask, v - mean, 0.0)
@@ -194,7 +197,7 @@ def sums_kernel(
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     of_g = tl.zeros((ROWS, CHANNELS), tl.float32)
     of_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for step in range(SPAN // ROWS):
+    for step in tl.range(SPAN // ROWS, num_stages=AHEAD):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
         v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
         of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)

@@ -87,7 +87,8 @@ def test_each_triton_operator_is_traced_with_gradients_and_without(name, mode, w
         (compiled, graph), plain = compiled_in_one_piece(function, x), function(x)
     assert (compiled.shape, compiled.dtype, compiled.stride()) == (plain.shape, plain.dtype, plain.stride())
     assert compiled.requires_grad == plain.requires_grad == (wanted and mode in ("gradients", "autocast"))
-    assert f"fastdiff.{name}" in graph
+    operator = "group_norm" if name == "residual_norm" else name  # compilers see to the sum
+    assert f"fastdiff.{operator}" in graph
     if compiled.requires_grad:
         assert torch.autograd.grad(compiled, x, torch.empty_like(compiled))[0].shape == x.shape
 

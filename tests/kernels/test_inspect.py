@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from fastdiff.unet import PRESETS, UNet
-from kernels.cases import ATTENTIONS, CASES, GROUP_NORMS, Case
+from kernels.cases import ATTENTIONS, CASES, GROUP_NORMS, RESIDUAL_NORMS, Case
 
 inspect = pytest.importorskip("kernels.inspect", reason="needs Triton", exc_type=ImportError)
 if inspect.INTERPRETED:
@@ -53,23 +53,29 @@ def test_case_names_are_unique():
 
 @pytest.mark.parametrize("preset", ["cifar10", "imagenet64"])
 def test_cases_cover_the_unets(preset, monkeypatch):
-    channels, tokens = set(), set()
+    plain, residual, tokens = set(), set(), set()
 
-    def norm(x, *_, fork=False, **__):
-        channels.add(x.shape[1])
-        return (torch.empty_like(x), x) if fork else torch.empty_like(x)
+    def norm(x, *_, **__):
+        plain.add((x.shape[1], x.shape[2]))
+        return torch.empty_like(x)
+
+    def residual_norm(x, h, skip, *_, silu, **__):
+        more = 0 if skip is None else skip.shape[1]
+        residual.add((x.shape[1], more, x.shape[2], silu))
+        y = torch.empty(len(x), x.shape[1] + more, *x.shape[2:])
+        return y, torch.empty_like(x), torch.empty_like(x if skip is None else skip)
 
     def attention(qkv, heads):
         tokens.add((qkv.shape[1], heads, qkv.shape[2] // (3 * heads)))
         return qkv.chunk(3, dim=2)[0]
 
-    monkeypatch.setattr(kernels, "group_norm", norm)
-    monkeypatch.setattr(kernels, "attention", attention)
+    for function in (norm, residual_norm, attention):
+        monkeypatch.setattr(kernels, {"norm": "group_norm"}.get(function.__name__, function.__name__), function)
     with torch.device("meta"):
         unet = UNet(PRESETS[preset])
         size = PRESETS[preset].image_size
         unet(torch.empty(2, 3, *size), torch.empty(2), torch.empty(2, dtype=torch.int64))
-    assert channels == {channels for channels, *_ in GROUP_NORMS[preset]}
+    assert plain == set(GROUP_NORMS[preset]) and residual == set(RESIDUAL_NORMS[preset])
     assert tokens <= {each[2:] for each in ATTENTIONS}
 
 

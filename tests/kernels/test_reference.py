@@ -452,20 +452,43 @@ def test_group_norm_returns_the_dtype_of_a_half_precision_image(dtype, modulated
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_residual_sum_is_a_sum_with_biases(dtype, scale):
+def test_residual_sum_is_a_sum_with_a_bias(dtype, scale):
     x, h = (draw(2, 6, 3, 4, seed=i, dtype=dtype) for i in range(2))
-    biases = {"x_bias": draw(6, seed=2), "h_bias": draw(6, seed=3).float()}
-    of_biases = (biases["x_bias"] + biases["h_bias"])[:, None, None]
-    for given, added in ((biases, of_biases), ({}, 0)):
+    bias = draw(6, seed=2)
+    for given, added in (({"x_bias": bias}, bias[:, None, None]), ({}, 0)):
         result = kernels.residual_sum(x, h, scale=scale, **given)
         assert result.dtype == dtype
         torch.testing.assert_close(result, ((x.double() + h.double() + added) * scale).to(dtype))
 
 
 def test_residual_sum_passes_gradcheck():
-    x, h, x_bias, h_bias = (draw(*shape).requires_grad_() for shape in ((2, 3, 2, 2), (2, 3, 2, 2), (3,), (3,)))
+    x, h, x_bias = (draw(*shape).requires_grad_() for shape in ((2, 3, 2, 2), (2, 3, 2, 2), (3,)))
+    assert gradcheck(lambda *a: kernels.residual_sum(*a[:2], x_bias=a[2], scale=0.7), (x, h, x_bias))
+
+
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("with_h", [False, True])
+def test_residual_norm_is_a_sum_a_concatenation_and_a_norm(with_skip, with_h):
+    x, h, skip = (draw(2, c, 3, 4, seed=c, channels_last=True) for c in (6, 6, 10))
+    h, skip, channels = h if with_h else None, skip if with_skip else None, 16 if with_skip else 6
+    weight, bias, x_bias = draw(channels), draw(channels, seed=1), draw(6, seed=2)
+    y, total, other = kernels.residual_norm(x, h, skip, 2, weight, bias, x_bias=x_bias, scale=0.5, silu=True)
+    expected = ((x + h if with_h else x) + x_bias[:, None, None]) * 0.5
+    torch.testing.assert_close(total, expected)
+    assert other is (skip if with_skip else total)
+    both = torch.cat([expected, skip], dim=1) if with_skip else expected
+    torch.testing.assert_close(
+        y, torch.nn.functional.silu(torch.nn.functional.group_norm(both, 2, weight, bias)), check_stride=False
+    )
+    plain = kernels.residual_norm(x, None, skip, 2, weight, bias)
+    assert plain[1] is x
+
+
+def test_residual_norm_passes_gradcheck():
+    shapes = ((2, 3, 2, 2), (2, 3, 2, 2), (2, 5, 2, 2), (8,), (8,), (3,))
+    leaves = tuple(draw(*shape, seed=k).requires_grad_() for k, shape in enumerate(shapes))
     assert gradcheck(
-        lambda *a: kernels.residual_sum(*a[:2], x_bias=a[2], h_bias=a[3], scale=0.7), (x, h, x_bias, h_bias)
+        lambda x, h, skip, w, b, x_bias: kernels.residual_norm(x, h, skip, 2, w, b, x_bias=x_bias, scale=0.7), leaves
     )
 
 
@@ -508,7 +531,9 @@ GOOD = {
     "sid_generator_loss": dict.fromkeys(SID, IMAGE) | {"alpha": 1.0},
     "add_noise": {"x": IMAGE, "angle": ONE} | STREAM,
     "group_norm": {"x": IMAGE, "num_groups": 2, "weight": torch.ones(2), "bias": torch.ones(2), "eps": 1e-5},
-    "residual_sum": {"x": IMAGE, "h": IMAGE, "x_bias": torch.ones(2), "h_bias": torch.ones(2), "scale": 0.5},
+    "residual_sum": {"x": IMAGE, "h": IMAGE, "x_bias": torch.ones(2), "scale": 0.5},
+    "residual_norm": dict.fromkeys(("x", "h", "skip"), IMAGE)
+    | {"num_groups": 2, "weight": torch.ones(4), "bias": torch.ones(4), "x_bias": torch.ones(2), "scale": 0.5},
     "downsample": {"x": torch.zeros(3, 2, 4, 6)},
     "upsample": {"x": IMAGE},
     "attention": {"qkv": torch.zeros(2, 5, 12), "num_heads": 2},
@@ -556,7 +581,13 @@ VALUE_ERRORS = [  # (operation, what its message says, the arguments that are wr
     ("group_norm", "x_bias must have shape", {"x_bias": ONE}),
     ("residual_sum", r"\(B, C, H, W\)", dict.fromkeys(("x", "h"), torch.zeros(3, 2, 4))),
     ("residual_sum", "h has shape", {"h": NARROW}),
-    *[("residual_sum", f"{key} must have shape", {key: ONE}) for key in ("x_bias", "h_bias")],
+    ("residual_sum", "x_bias must have shape", {"x_bias": ONE}),
+    ("residual_norm", r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}),
+    ("residual_norm", "h must have shape", {"h": NARROW}),
+    *[("residual_norm", "skip must be", {"skip": skip}) for skip in (NARROW, SINGLE, torch.zeros(3, 2, 4))],
+    ("residual_norm", "3 groups do not divide 4", {"num_groups": 3}),
+    *[("residual_norm", f"{key} must have shape", {key: torch.ones(5)}) for key in ("weight", "bias", "x_bias")],
+    *elsewhere("residual_norm", "h", "skip", "weight", "x_bias"),
     *elsewhere("residual_sum", "h", "x_bias"),
     *[(name, r"\(B, C, H, W\)", {"x": torch.zeros(3, 2, 4)}) for name in ("downsample", "upsample")],
     ("downsample", "even", {"x": torch.zeros(3, 2, 4, 5)}),
@@ -599,6 +630,7 @@ NONSENSE = [
             "add_noise": ("x", "angle", "sample_ids"),
             "group_norm": ("x", "weight", "bias"),
             "residual_sum": ("x", "h"),
+            "residual_norm": ("x", "weight", "bias"),
             "downsample": ("x",),
             "upsample": ("x",),
             "attention": ("qkv",),
@@ -616,6 +648,8 @@ NONSENSE = [
     *[("group_norm", "num_groups", value) for value in (None, 2.0)],
     *[("group_norm", "eps", value) for value in (None, "a")],
     *[("residual_sum", "scale", value) for value in (None, "1")],
+    *[("residual_norm", "scale", value) for value in (None, "1")],
+    *[("residual_norm", key, value) for key in ("h", "skip", "x_bias") for value in (1.5, IMAGE.long())],
     *[("attention", "num_heads", value) for value in (None, 2.0)],
     *[("randn", "shape", value) for value in (None, 3, (3, 1.5))],
 ]

@@ -99,6 +99,28 @@ def norms():
             )
 
 
+def residual_norms():
+    for channels, more, side in ((256, 256, 32), (256, 0, 16), (48, 48, 64), (96, 0, 64)):
+        x, h = image(1, channels, side, side), image(1, channels, side, side)
+        skip = image(1, more, side, side) if more else None
+        weight, bias = (torch.randn(channels + more, requires_grad=True) for _ in range(2))
+        norm = partial(kernels.residual_norm, x, h, skip, 32, weight, bias, silu=True)
+        inputs, whole = [x, h, weight, bias, *([skip] if more else [])], 2 * (channels + more) * side**2
+        one, more = 2 * x.numel(), whole - 2 * x.numel()
+        with few_programs(), traffic() as there:
+            out = norm()
+        with few_programs(), traffic() as back:
+            torch.autograd.grad(out, inputs, [torch.ones_like(t) for t in out])
+        names = ("x", "h", "skip", "total", "y"), ("x", "skip", "dy", "also", "other", "dx", "dskip")
+        moved = [
+            sum(seen.read[name] + seen.written[name] for name in each)
+            for seen, each in zip((there, back), names, strict=True)
+        ]
+        floors = 3 * one + more + whole, 3 * whole + one + (more or one)
+        cells = " | ".join(f"({each / floor:.3f})" for each, floor in zip(moved, floors, strict=True))
+        print(f"| residual norm {channels}+{more // (2 * side**2)}@{side} (images alone) | {cells} |", flush=True)
+
+
 def few_programs():
     """Choose paths as for a batch that fills a GPU, though one sample is enough to count."""
     return mock.patch("kernels.fused.launch.MULTIPROCESSORS", 1)
@@ -116,7 +138,7 @@ def main():
     shim.install()
     print("| operation (bfloat16 networks) | forward | backward |\n|---|---:|---:|")
     with kernels.use("triton"):
-        for group in (updates, losses, norms, attentions):
+        for group in (updates, losses, norms, residual_norms, attentions):
             group()
 
 

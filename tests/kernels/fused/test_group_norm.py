@@ -240,69 +240,6 @@ def test_a_bias_of_x_takes_no_kernel_of_its_own(device, shape, groups, path):
     assert torch.equal(*gradients(biased(*alone, groups), alone[4:]), found[4])
 
 
-# --- what else is done with x ---
-
-
-def forked(x, weight, bias, both, x_bias, groups):
-    """A function of y and of x, whose gradient comes from both."""
-    scale, shift = (None, None) if both is None else both.chunk(2, dim=1)
-    modulation = {"scale": scale, "shift": shift, "silu": True, "x_bias": x_bias}
-    y, x = kernels.group_norm(x, groups, weight, bias, **modulation, fork=True)
-    return torch.cat([y, 3 * x], dim=1)
-
-
-@each_path
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_fork_adds_the_gradients_of_its_branches(device, shape, groups, path, with_bias):
-    """Here that of x is half of an image's channels."""
-    bias = draw(shape[1], seed=7, device=device).requires_grad_() if with_bias else None
-    leaves = [*inputs(shape, device=device), bias]
-    ours, exact = results(forked, leaves, groups), on_reference(results, forked, doubled(*leaves), groups)
-    assert worst(ours, exact) < 1e-5
-    y = forked(*leaves, groups)
-    assert names(lambda: gradients(y, leaves))[1] == path["backward"] + PARAMETERS
-
-
-@each_path
-def test_branches_of_a_fork_that_are_not_used(device, shape, groups, path):
-    leaves = inputs(shape, device=device)
-    y, x = kernels.group_norm(leaves[0], groups, *leaves[1:3], fork=True)
-    (of_x,) = torch.autograd.grad(x, leaves[0], torch.ones_like(x), retain_graph=True)
-    assert torch.equal(of_x, torch.ones_like(x))
-    plain = kernels.group_norm(leaves[0], groups, *leaves[1:3])
-    assert all(map(torch.equal, gradients(y, leaves[:3]), gradients(plain, leaves[:3])))
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            y, x = kernels.group_norm(leaves[0], groups, *leaves[1:3], fork=True)
-            assert x is leaves[0] and torch.equal(y, plain)
-
-
-@each_path
-def test_a_fork_in_half_precision_rounds_once(device, shape, groups, path):
-    leaves = [*inputs(shape, dtype=torch.bfloat16, device=device), None]
-    ours, exact = results(forked, leaves, groups), on_reference(results, forked, doubled(*leaves), groups)
-    eager = on_reference(results, forked, leaves, groups)
-    assert_no_worse(ours, eager, exact)
-
-
-def test_a_fork_has_no_second_derivative(device):
-    leaves = inputs((2, 32, 8, 8), device=device)
-    y, x = kernels.group_norm(leaves[0], 4, *leaves[1:3], fork=True)
-    (first,) = torch.autograd.grad((y * x).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="group_norm_backward: no second derivative"):
-        torch.autograd.grad(first.sum(), leaves[0])
-
-
-def test_a_fork_of_which_torch_func_takes_the_gradient(device):
-    x, weight, bias, _ = inputs((2, 32, 8, 8), device=device)
-
-    def total(x):
-        y, x = kernels.group_norm(x, 4, weight.detach(), bias.detach(), fork=True)
-        return (y * x).sum()
-
-    assert error(*with_reference(torch.func.grad(total), x.detach())) < 1e-5
-
-
 # --- what runs, and what moves ---
 
 
@@ -360,17 +297,6 @@ def test_images_move_as_often_as_they_must(device, name, forward, backward, dtyp
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["one pass", "split"])
-def test_a_fork_takes_one_read_more(device, name):
-    shape, groups, _ = PATHS[name]
-    leaves = [*inputs(shape, device=device), None]
-    image = 4 * leaves[0].numel()
-    _, plain = traffic_of(lambda: biased(*leaves, groups), leaves[:4])
-    _, fork = traffic_of(lambda: forked(*leaves, groups), leaves[:4])
-    assert fork.read["also"] == image and fork.total() == plain.total() + image
-
-
-@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "groups", "forward", "backward"), [((1, 32, 32, 32), 4, 1.00, 1.00), ((1, 48, 64, 64), 8, 1.50, 5 / 3)]
 )
@@ -422,11 +348,11 @@ def test_opcheck(device, name, modulated):
     shape, groups, _ = PATHS[name]
     x, weight, bias, both = (t if t is None else t.detach() for t in inputs(shape, modulated=modulated, device=device))
     scale, shift = both.chunk(2, dim=1) if modulated else (None, None)
-    forward = (x, weight, bias, scale, shift, bias if modulated else None, groups, 1e-5, True)
+    forward = (x, None, weight, bias, scale, shift, bias if modulated else None, groups, 1e-5, True)
     opcheck(torch.ops.fastdiff.group_norm.default, forward)
     y, mean, rstd = torch.ops.fastdiff.group_norm(*forward)
-    needed = [True, False, True, modulated, False, modulated]
-    arguments = (y.contiguous(), x, mean, rstd, *forward[1:6], x if modulated else None, True, needed)
+    needed = [True, False, False, True, modulated, False, modulated]
+    arguments = (y.contiguous(), x, None, mean, rstd, *forward[2:7], None, None, 1.0, False, True, needed)
     opcheck(torch.ops.fastdiff.group_norm_backward.default, arguments)
 
 
