@@ -1,8 +1,8 @@
 """Measure where our attention is faster than PyTorch's: `python -m benchmarks.attention_table --out attention.json`.
 
-Rows {"gpu", "dtype", "head_width", "tokens", "faster": "triton" or "sdpa"} with the times that decided, forward and
-backward together; `kernels/fused/attention.py` chooses by such a table. Needs a GPU; `--tiny` tries it in Triton's
-interpreter.
+Rows {"gpu", "dtype", "head_width", "tokens", "inference", "training"}, the last two "triton" or "sdpa", with the times
+that decided: of the forward pass, and of forward and backward together. `kernels/fused/attention.py` chooses by such a
+table. Needs a GPU; `--tiny` tries it in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,18 +28,24 @@ def compare(device: str, dtype: torch.dtype, width: int, tokens: int, *, tiny: b
     """One row of the table."""
     heads, batch = (1, 1) if tiny else (256 // width, ROWS // tokens)
     qkv = torch.randn(batch, tokens, 3 * heads * width, device=device).to(dtype).requires_grad_()
+    ways = {"triton": kernels.attention, "sdpa": eager.sdpa}
     times = {
-        name: measuring.times_us(lambda function=function: _forward_backward(function, qkv, heads), device, 1)[1]
-        for name, function in {"triton": kernels.attention, "sdpa": eager.sdpa}.items()
+        use: {name: measuring.times_us(partial(run, way, qkv, heads), device, 1)[1] for name, way in ways.items()}
+        for use, run in {"inference": _forward, "training": _forward_backward}.items()
     }
     return {
         "gpu": measuring.gpu_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "head_width": width,
         "tokens": tokens,
-        "faster": min(times, key=times.get),
-        "p50_us": {name: round(us, 1) for name, us in times.items()},
+        **{use: min(of_use, key=of_use.get) for use, of_use in times.items()},
+        "p50_us": {use: {name: round(us, 1) for name, us in of_use.items()} for use, of_use in times.items()},
     }
+
+
+@torch.no_grad()
+def _forward(function, qkv, heads) -> None:
+    function(qkv, heads)
 
 
 def _forward_backward(function, qkv, heads) -> None:
@@ -62,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         with kernels.use("triton"):
             rows.append(row := compare(device, *shape, tiny=options.tiny))
         options.out.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
-        print(row["dtype"], f"width {row['head_width']} tokens {row['tokens']}: {row['faster']}", row["p50_us"])
+        shape = f"{row['dtype']} width {row['head_width']} tokens {row['tokens']}"
+        print(f"{shape}: {row['inference']}, in training {row['training']}", row["p50_us"])
     return 0
 
 

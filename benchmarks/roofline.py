@@ -98,7 +98,7 @@ class Work(NamedTuple):
 
 PHILOX = 10 * (2 + 2 + 4 + 2)  # rounds of two high and two low products, four xors and two key steps: four normals
 BOX_MULLER = 55  # float operations for two normals: logarithm, root, cosine and sine
-DIVISION = 20  # integer operations of a division by a number that the compiler does not know
+PLACE = 15  # integer operations to find where the noise of an element of a channels-last image is counted
 
 # float32 operations per element of the largest tensor, counted in the source; enough to see that memory is the limit.
 FLOATS = {
@@ -135,9 +135,12 @@ def _work_of_launch(launch: Launch, case: Case) -> Work:
     floats = FLOATS.get(f"{module}.{name}", OTHER_FLOATS) * elements
     if launch.arguments.get("sample_ids") is None:
         return Work(moved, floats=floats)
-    if launch.arguments.get("CHANNELS_LAST"):  # neighbours in memory do not share a counter: one Philox for each
-        return Work(moved, floats=floats + BOX_MULLER * elements, integers=(PHILOX + DIVISION) * elements)
-    return Work(moved, floats=floats + BOX_MULLER / 2 * elements, integers=PHILOX / 4 * elements)
+    channels, block, tile = (launch.arguments.get(name) for name in ("CHANNELS", "BLOCK", "TILE"))
+    if channels and tile is None:  # one Philox for each element
+        return Work(moved, floats=floats + BOX_MULLER * elements, integers=(PHILOX + PLACE) * elements)
+    made = elements * block / (tile or block)  # where a tile is not all of a block, some are made in vain
+    place = PLACE * made if channels else 0
+    return Work(moved, floats=floats + BOX_MULLER / 2 * made, integers=PHILOX / 4 * made + place)
 
 
 def memory_behind(tensor: Tensor) -> int:

@@ -34,17 +34,28 @@ def _copies(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> l
     return copies
 
 
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """Those whose weights autocast casts."""
+    return [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+
+def cast_for_good(network: nn.Module, dtype: torch.dtype) -> None:
+    """Let a network that does not learn keep the weights that autocast would give it; from now on it needs autocast."""
+    for layer in _layers(network):
+        layer.to(dtype)
+
+
 class CastWeights:
     """Within it, convolutions and linear layers have weights and biases of another dtype.
 
-    It can be entered again, as a checkpoint's second forward pass does, and then has the same tensors.
+    It can be entered again, as a checkpoint's second forward pass does, and then has the same tensors. Within another
+    one it finds nothing to cast.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
-        layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         self.places = [
             (layer._parameters, name)
-            for layer in layers
+            for layer in _layers(network)
             for name, parameter in layer._parameters.items()
             if is_whole(parameter) and parameter.dtype == torch.float32
         ]

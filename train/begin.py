@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import checkpoint, checks, data, distributed, files, vae
+from fastdiff import cast, checkpoint, checks, data, distributed, files, vae
 from fastdiff.denoiser import OURS, Denoiser, DenoiserConfig, blank, fitted
 from fastdiff.errors import UserError
 from fastdiff.networks import enter
@@ -171,13 +171,24 @@ def check_buildable(config: DenoiserConfig) -> None:
 
 
 def freeze(teacher: Denoiser, options: LoopOptions) -> Denoiser:
-    """A teacher that does not learn, sharded or compiled if that is asked for: copies are to be made before."""
+    """A teacher that does not learn, sharded or compiled if that is asked for: copies are to be made before.
+
+    In bf16 it keeps the weights that autocast would make of its own at each call, and those alone.
+    """
     teacher.requires_grad_(False)
     if options.shard_teacher:
         distributed.shard(teacher.network)
-    elif options.compile:
+        return teacher
+    if keeps_half(teacher.config, options):
+        cast.cast_for_good(teacher.network, torch.bfloat16)
+    if options.compile:
         teacher.network.compile()
     return teacher
+
+
+def keeps_half(config: DenoiserConfig, options: LoopOptions) -> bool:
+    """Whether a frozen teacher has its weights in bf16; networks of one's own may do more with them than autocast."""
+    return options.precision == "bf16" and not options.shard_teacher and config.network in OURS
 
 
 # --- The run's folder ---
@@ -262,11 +273,12 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
     size = sum(p.numel() for p in denoiser.parameters())
     weights = size / (world if options.shard else 1)
     frozen = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
+    frozen *= 2 if teacher is not None and keeps_half(teacher.config, options) else 4
     frozen /= world if options.shard_teacher else 1
     copies = 4 * recipe.learners + bool(options.ema)  # weights, gradients, two moments; average
     part = recipe.rows * options.batch_size // (options.accumulate * world)
     activations = activation_bytes(config, part, options)
-    total = 4 * (copies * weights + frozen) + activations
+    total = 4 * copies * weights + frozen + activations
     print(f"model        {size / 1e6:.2f} M parameters, images {'×'.join(map(str, denoiser.image_shape))}")
     for name, updates in recipe.plan(options).items():
         if recipe.rounds is not None:
@@ -281,7 +293,7 @@ def print_plan(recipe: Recipe, config: DenoiserConfig, options: LoopOptions, tea
     print(
         f"memory       about {total / 2**30:.3g} GiB{' a process' * (world > 1)}: "
         f"weights, gradients, moments and average {4 * copies * weights / 2**30:.3g}, "
-        f"frozen teacher {4 * frozen / 2**30:.3g}, activations {activations / 2**30:.3g}"
+        f"frozen teacher {frozen / 2**30:.3g}, activations {activations / 2**30:.3g}"
     )
     print(f"output       {options.out}")
 

@@ -312,7 +312,8 @@ def scorer(teacher: Denoiser, dataset: data.Dataset | None, options: Options) ->
     labels = torch.arange(options.score_num) % max(1, teacher.num_classes)
 
     def draw(model, steps: int, sampler: str) -> Tensor:
-        sampling = Sampling(guidance=strengths[0], steps=steps, sampler=sampler, seed=options.seed)
+        how = {"seed": options.seed, "precision": options.precision}
+        sampling = Sampling(guidance=strengths[0], steps=steps, sampler=sampler, **how)
         return torch.cat([part.cpu() for part in generate(model, options.score_num, sampling)])
 
     usual: list[metrics.Variety] = []  # the teacher's, once it is needed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fastdiff import distributed
-from fastdiff.denoiser import Denoiser, blank, filled, moved
+from fastdiff.cast import CastWeights
+from fastdiff.denoiser import OURS, Denoiser, blank, filled, moved
 from fastdiff.errors import UserError
 from fastdiff.losses.batch import TIME, Batch
 from fastdiff.precision import autocast
@@ -126,20 +128,31 @@ class Updater:
         options = self.options
         if not self.denoiser.training:
             self.denoiser.train()
-        for i, part in enumerate(_split(batch, options.accumulate), 1):
-            distributed.average_next_gradients(self.denoiser.network, i == options.accumulate)
-            with autocast(options.precision, self.device):
-                losses = self.loss(self.denoiser, part)
-            losses, others = losses if isinstance(losses, tuple) else (losses, {})
-            finite = torch.isfinite(losses.detach())
-            self._log_sums(part, {"loss": losses, **others}, finite)
-            if self.tolerance:
-                self.dropped += (~finite).sum()
-                losses = torch.where(finite, losses, 0)
-            loss = losses.mean() / options.accumulate
-            loss.backward()
-            self.loss_sum += loss.detach() / distributed.world_size()
+        with self._weights_of_all_parts():
+            for i, part in enumerate(_split(batch, options.accumulate), 1):
+                distributed.average_next_gradients(self.denoiser.network, i == options.accumulate)
+                self._add_gradients(part)
         return [] if options.shard else [parameter.grad for parameter in self.parameters]
+
+    def _weights_of_all_parts(self) -> AbstractContextManager:
+        """Within it, the parts of a batch share the weights that autocast would make for each of them."""
+        options, network = self.options, self.denoiser.network
+        if options.accumulate == 1 or options.precision != "bf16" or options.compile:
+            return nullcontext()
+        return CastWeights(network, torch.bfloat16) if self.denoiser.config.network in OURS else nullcontext()
+
+    def _add_gradients(self, part: Batch) -> None:
+        with autocast(self.options.precision, self.device):
+            losses = self.loss(self.denoiser, part)
+        losses, others = losses if isinstance(losses, tuple) else (losses, {})
+        finite = torch.isfinite(losses.detach())
+        self._log_sums(part, {"loss": losses, **others}, finite)
+        if self.tolerance:
+            self.dropped += (~finite).sum()
+            losses = torch.where(finite, losses, 0)
+        loss = losses.mean() / self.options.accumulate
+        loss.backward()
+        self.loss_sum += loss.detach() / distributed.world_size()
 
     def step(self) -> None:
         """Update weights and average with the gradients that are there, and forget these.

@@ -348,30 +348,35 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     return _attention(qkv, num_heads)[0]
 
 
-# Up to how many tokens these kernels are taken for faster than PyTorch's own, where nothing has been measured.
+# Where nothing has been measured, these kernels are taken for faster than PyTorch's own up to so many tokens, and where
+# a gradient is wanted for more, too: their backward pass was far ahead on an H100, and PyTorch's forward pass a little.
 SDPA_ABOVE = 256
 TABLE_FILE = os.environ.get("FASTDIFF_ATTENTION_TABLE") or Path(__file__).with_name("attention_table.json")
 
 
-def read_table(path: str | Path) -> dict[tuple[str, str, int, int], str]:
-    """(gpu, dtype, head width, tokens) -> "triton" or "sdpa", from the rows that a benchmark wrote; {} without a file.
+def read_table(path: str | Path) -> dict[tuple[str, str, int, int, bool], str]:
+    """(gpu, dtype, head width, tokens, whether a gradient is wanted) -> "triton" or "sdpa"; {} without a file.
 
-    The file is JSON: a list of {"gpu", "dtype", "head_width", "tokens", "faster"}. Raises ValueError for another name.
+    The file is JSON, the rows that a benchmark wrote: a list of {"gpu", "dtype", "head_width", "tokens", "inference",
+    "training"}. Raises ValueError for another name in the last two.
     """
-    rows = json.loads(Path(path).read_text()) if Path(path).exists() else []
-    for row in rows:
-        if row["faster"] not in ("triton", "sdpa"):
-            raise ValueError(f"{path}: faster is {row['faster']!r}; it must be triton or sdpa")
-    return {(row["gpu"], row["dtype"], row["head_width"], row["tokens"]): row["faster"] for row in rows}
+    table = {}
+    for row in json.loads(Path(path).read_text()) if Path(path).exists() else []:
+        for use in ("inference", "training"):
+            if row.get(use) not in ("triton", "sdpa"):
+                raise ValueError(f"{path}: {use} is {row.get(use)!r}; it must be triton or sdpa")
+            table[row["gpu"], row["dtype"], row["head_width"], row["tokens"], use == "training"] = row[use]
+    return table
 
 
 TABLE = read_table(TABLE_FILE)
 
 
-def faster(gpu: str, dtype: torch.dtype, width: int, tokens: int) -> str:
+def faster(gpu: str, dtype: torch.dtype, width: int, tokens: int, training: bool) -> str:
     """ "triton" or "sdpa", as measured on that GPU, else by SDPA_ABOVE."""
-    by_size = "sdpa" if tokens > SDPA_ABOVE or width > WIDTHS[-1] else "triton"
-    return TABLE.get((gpu, str(dtype).removeprefix("torch."), width, tokens), by_size)
+    ours = (width <= WIDTHS[-1] and tokens <= SDPA_ABOVE) or (training and width <= 128 and dtype != torch.float32)
+    key = gpu, str(dtype).removeprefix("torch."), width, tokens, training
+    return TABLE.get(key, "triton" if ours else "sdpa")
 
 
 @torch.compiler.assume_constant_result
@@ -380,9 +385,12 @@ def _gpu(index: int) -> str:
 
 
 def prefers_sdpa(qkv: Tensor, num_heads: int) -> bool:
-    """Whether PyTorch's attention is the faster one for a qkv on its GPU; where the choice is free, take that."""
+    """Whether PyTorch's attention is the faster one for a qkv on its GPU, the backward pass included if there is one.
+
+    Where the choice is free, take that.
+    """
     if not qkv.is_cuda:
         return False
     _, tokens, width = _sizes(qkv, num_heads)
     gpu = _gpu(qkv.device.index) if TABLE else ""  # an empty table has no need to know
-    return faster(gpu, qkv.dtype, width, tokens) == "sdpa"
+    return faster(gpu, qkv.dtype, width, tokens, qkv.requires_grad and torch.is_grad_enabled()) == "sdpa"

@@ -92,7 +92,9 @@ def normals_in_order(first_block, sample_id, seed_low, seed_high, step, BLOCK: t
 
 
 @triton.jit
-def normals_by_pixel(first_four, pixels, sample_id, seed_low, seed_high, step, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def normals_by_pixel(
+    first_four, pixels, sample_id, seed_low, seed_high, step, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+):
     """The normals of a channels-last sample from pixel 4·first_four on, in the order of its memory.
 
     A counter block serves four pixels of one channel: it is computed once, and its normals go to where they belong.

@@ -69,6 +69,26 @@ def test_two_calls_add_their_gradients(network):
         torch.testing.assert_close(parameter.grad, None if gradient is None else 3 * gradient)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_network_keeps_the_weights_that_autocast_would_make(network, checkpointing):
+    """Gradients pass through it, as in SiD."""
+    network.requires_grad_(False).gradient_checkpointing = checkpointing
+    kept, z = copy.deepcopy(network), INPUTS[0].clone().requires_grad_()
+    cast.cast_for_good(kept, torch.bfloat16)
+
+    def result(network) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(z, *INPUTS[1:])
+        return out, torch.autograd.grad(out.square().mean(), z)[0]
+
+    expected = result(network)
+    with Counted({parameter.data_ptr() for parameter in kept.parameters()}) as counted:
+        assert_same_bits(result(kept), expected)
+    assert not counted.calls
+    matrices = {parameter.dtype for parameter in kept.parameters() if parameter.ndim > 1}
+    assert matrices == {torch.bfloat16, torch.float32}  # the latter are embeddings
+
+
 class Counted(TorchDispatchMode):
     def __init__(self, weights: set[int]):
         super().__init__()

@@ -1,5 +1,6 @@
 """The training loop: what an update does, what is written, and that a stopped run continues as if it had not been."""
 
+import contextlib
 import functools
 import json
 import math
@@ -8,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ import torch
 from common import TINY, assert_same_weights
 from PIL import Image
 
-from fastdiff import checkpoint, data
+from fastdiff import cast, checkpoint, data
 from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
@@ -31,6 +33,7 @@ from train.updater import Updater
 REAL_PREVIEW = loop.preview
 CONFIG = DenoiserConfig(TINY)
 PLACES = ("whole", "parts")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DATASET = data.Dataset(
     np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8),
     np.arange(40) % 10,
@@ -78,6 +81,30 @@ def read_log(out):
 
 
 # --- one update ---
+
+
+def test_parts_of_a_batch_share_weights_in_bf16(monkeypatch):
+    """The same bits as each part's own, and one cast of the weights; their gradients are still added in float32."""
+    shared, alone = (make_updater(accumulate=4, precision="bf16") for _ in range(2))
+    monkeypatch.setattr(alone, "_weights_of_all_parts", contextlib.nullcontext)
+    casts, copies = [], cast._copies
+    monkeypatch.setattr(cast, "_copies", lambda tensors, dtype: casts.append(dtype) or copies(tensors, dtype))
+    for updater, made in ((shared, 1), (alone, 4)):
+        for batch in make_batches(updater, 2):
+            casts.clear()
+            updater.update(batch)
+            assert Counter(casts) == {torch.bfloat16: made, torch.float32: 4}
+    assert_same_weights(shared.denoiser, alone.denoiser, atol=0, rtol=0)
+    assert all(parameter.dtype == torch.float32 for parameter in shared.denoiser.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_frozen_teacher_in_bf16_has_no_other_weights(monkeypatch, precision):
+    frozen = begin.freeze(Denoiser(CONFIG), make_options("unused", precision=precision))
+    assert {p.dtype for p in frozen.parameters()} == {torch.float32, DTYPES[precision]}
+    monkeypatch.setattr("train.begin.OURS", ())  # a network of one's own
+    frozen = begin.freeze(Denoiser(CONFIG), make_options("unused", precision=precision))
+    assert {p.dtype for p in frozen.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

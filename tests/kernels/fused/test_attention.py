@@ -3,6 +3,7 @@
 import json
 import math
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,16 +256,38 @@ def test_compiles_without_a_break(device, dynamic):
 def test_the_table_of_measurements(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     assert module.read_table(path) == {}
-    row = {"gpu": "A", "dtype": "bfloat16", "head_width": 64, "tokens": 1024, "faster": "triton"}
-    path.write_text(json.dumps([row, row | {"tokens": 64, "faster": "sdpa"}]))
+    row = {"gpu": "A", "dtype": "bfloat16", "head_width": 64, "tokens": 1024, "inference": "triton", "training": "sdpa"}
+    path.write_text(json.dumps([row, row | {"tokens": 64, "inference": "sdpa", "training": "triton"}]))
     monkeypatch.setattr(module, "TABLE", module.read_table(path))
-    assert module.faster("A", torch.bfloat16, 64, 1024) == "triton"
-    assert module.faster("A", torch.bfloat16, 64, 64) == "sdpa"
-    assert [module.faster("B", torch.bfloat16, 64, n) for n in (64, 256, 257)] == ["triton", "triton", "sdpa"]
-    assert module.faster("B", torch.bfloat16, 512, 64) == "sdpa"
-    path.write_text(json.dumps([row | {"faster": "flash"}]))
-    with pytest.raises(ValueError, match="flash"):
+    for tokens, in_training, expected in [(1024, 0, "triton"), (1024, 1, "sdpa"), (64, 0, "sdpa"), (64, 1, "triton")]:
+        assert module.faster("A", torch.bfloat16, 64, tokens, bool(in_training)) == expected
+    path.write_text(json.dumps([row | {"training": "flash"}]))
+    with pytest.raises(ValueError, match="training is 'flash'"):
         module.read_table(path)
+    path.write_text(json.dumps([{key: value for key, value in row.items() if key != "inference"}]))
+    with pytest.raises(ValueError, match="inference is None"):
+        module.read_table(path)
+
+
+def test_what_is_taken_for_faster_where_nothing_was_measured():
+    def choices(dtype, width, training):
+        return [module.faster("B", dtype, width, tokens, training) for tokens in (64, 256, 257, 4096)]
+
+    assert choices(torch.bfloat16, 64, False) == ["triton", "triton", "sdpa", "sdpa"]
+    assert choices(torch.bfloat16, 64, True) == choices(torch.float16, 128, True) == ["triton"] * 4
+    assert choices(torch.float32, 64, True) == choices(torch.bfloat16, 256, True) == choices(torch.bfloat16, 64, False)
+    assert choices(torch.bfloat16, 512, True) == ["sdpa"] * 4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gradient_that_is_wanted_counts(monkeypatch, training):
+    """On a tensor that says that it is on a GPU."""
+    monkeypatch.setattr(module, "TABLE", {})
+    sizes = SimpleNamespace(shape=(1, 1024, 192), is_cuda=True, dtype=torch.bfloat16, requires_grad=True)
+    with torch.set_grad_enabled(training):
+        assert module.prefers_sdpa(sizes, 1) == (not training)
+    sizes.requires_grad = False
+    assert module.prefers_sdpa(sizes, 1)
 
 
 def test_only_a_gpu_prefers_anything():

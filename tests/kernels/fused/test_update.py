@@ -155,7 +155,8 @@ def test_update_reads_each_image_once_and_writes_one(device, channels_last, kind
         kernels.affine_update(z, a, b, out_dtype=torch.bfloat16, **options)
     floor = z.numel() * (4 + 2 + 2 + 2)
     assert seen.kernels == ["_update_kernel"]
-    assert seen.total() / floor == pytest.approx(1.00, abs=0.005)
+    tiles = 2 * math.ceil(z[0].numel() / 504)
+    assert 0 < seen.total() - floor <= (4 * 7 + 8) * tiles  # a tile's coefficients and sample id
     assert (seen.read["z"], seen.read["a"], seen.read["b"]) == (4 * z.numel(), 2 * z.numel(), 2 * z.numel())
 
 

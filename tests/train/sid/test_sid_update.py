@@ -186,6 +186,12 @@ def test_bfloat16_is_an_autocast_of_float32_weights(models):
     assert results["bf16"] == pytest.approx(results["fp32"], rel=0.1)
 
 
+def test_a_run_in_bfloat16_compares_with_the_teacher_whose_weights_are_so(models, tmp_path):
+    train(models / "guided", tmp_path / "run", precision="bf16", updates=2, save_every=2)
+    (row,) = lines_of(tmp_path / "run" / "scores.jsonl")
+    assert row["spread"] > 0
+
+
 ARCHITECTURE = UNetConfig((8, 8), 1, 10, channels=8, channel_mult=(1,), blocks=1, head_width=8, dropout=0.1)
 
 
