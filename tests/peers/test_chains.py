@@ -1,6 +1,7 @@
 """From a teacher that diffusers trained to a student that onnxruntime runs, one command a step.
 
-Short here: everything runs, nothing is good yet. FASTDIFF_CHAINS=long trains for some 20 minutes and says how good.
+Short here: everything runs, nothing is good yet. FASTDIFF_CHAINS=long trains for half an hour of one CPU core, says how
+good (docs/results, "Digits: teachers that predict ε"), and asks for more than the teacher's own steps give.
 """
 
 import json
@@ -32,9 +33,9 @@ def distance(run, *line) -> float:  # noqa: F811
     return json.loads(Path("results.json").read_text())["rows"][0]["fd"]
 
 
-def told(teacher: float, teachers: str, student: float) -> None:
-    print(f"teacher, {teachers}: {teacher:.3f}; student, 4 steps: {student:.3f}, {student / teacher:.2f} times that")
-    assert np.isfinite([teacher, student]).all()
+def told(student: float, teacher: dict[str, float]) -> None:
+    print("Fréchet distances: student, 4 steps:", student, "teacher:", teacher)
+    assert np.isfinite([student, *teacher.values()]).all()
 
 
 def test_from_a_ddpm_to_onnx(run):  # noqa: F811
@@ -49,9 +50,10 @@ def test_from_a_ddpm_to_onnx(run):  # noqa: F811
     session = onnxruntime.InferenceSession("student/model.onnx")
     (found,) = session.run(None, {"noise": torch.randn(5, 1, 8, 8).numpy()})
     assert found.shape == (5, 1, 8, 8) and np.isfinite(found).all() and np.abs(found).max() <= 1
-    teacher, student = (distance(run, "--checkpoint", name) for name in ("teacher", "stage2/steps-4"))
-    told(teacher, "64 steps", student)
-    assert student <= 1.3 * teacher or not LONG
+    line = ("--guidance", 0, "--checkpoint")
+    student, own = distance(run, *line, "stage2/steps-4"), distance(run, *line, "teacher", "--steps", 4)
+    told(student, {"4 steps": own, "64 steps": distance(run, *line, "teacher", *(() if LONG else ("--steps", 2)))})
+    assert student < own or not LONG
 
 
 def test_from_a_dit_in_latents_to_four_steps(run):  # noqa: F811
@@ -64,6 +66,6 @@ def test_from_a_dit_in_latents_to_four_steps(run):  # noqa: F811
     rounds = ("--start-steps", 32, "--end-steps", 4, *updates[1])
     done(run, "stage2", "--teacher", "stage1", "--out", "stage2", *given, *rounds)
     line = ("--vae", "dit", "--steps", 4, "--guidance", 1, "--checkpoint")
-    teacher, student = (distance(run, *line, name) for name in ("teacher", "stage2/steps-4"))
-    told(teacher, "4 steps", student)
-    assert student < teacher or not LONG
+    student, own = (distance(run, *line, name) for name in ("stage2/steps-4", "teacher"))
+    told(student, {"4 steps": own})
+    assert student < own or not LONG
