@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff.blocks import Attention, Branches
 from fastdiff.precision import LARGEST_ERROR, autocast
 from fastdiff.unet import PRESETS, UNet, UNetConfig
 from tests.peers.test_peers import from_diffusers
@@ -79,36 +79,30 @@ def pair(config: UNetConfig) -> tuple[nn.Module, UNet]:
     return peer, ours
 
 
-def products(network: UNet, call: Work) -> tuple[dict[str, list[tuple]], Counter]:
-    """(a call's convolutions and matrix products, each as (function, tensors, settings); floating-point operations)."""
-    calls, operations = {"convolutions": [], "matrix products": []}, Counter()
+class Products(TorchFunctionMode):
+    """Writes down convolutions and matrix products, each as (function, tensors, settings), and their operations."""
 
-    def add(kind: str, times: int, function, *tensors: Tensor, **settings) -> None:
-        calls[kind].append((function, tensors, settings))
-        operations[kind] += 2 * times
+    def __init__(self):
+        super().__init__()
+        self.calls, self.operations = {"convolutions": [], "matrix products": []}, Counter()
 
-    def of_convolution(module: nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> None:
-        times = out.numel() * module.weight[0].numel()
-        settings = {"stride": module.stride, "padding": module.padding}
-        add("convolutions", times, F.conv2d, inputs[0], module.weight, module.bias, **settings)
+    def _add(self, kind: str, times: int, function, *tensors: Tensor, **settings) -> None:
+        self.calls[kind].append((function, tensors, settings))
+        self.operations[kind] += 2 * times
 
-    def of_linear(module: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> None:
-        add("matrix products", out.numel() * module.in_features, F.linear, inputs[0], module.weight, module.bias)
-
-    def of_attention(module: Attention, inputs: tuple[Branches], branches: Branches) -> None:
-        out = branches.x
-        tokens, width = out[0, 0].numel(), out.shape[1] // module.heads
-        q = torch.randn(len(out) * module.heads, tokens, width)
-        p = torch.rand(len(q), tokens, tokens)
-        add("matrix products", p.numel() * width, torch.bmm, q, q.transpose(1, 2))
-        add("matrix products", p.numel() * width, torch.bmm, p, q)
-
-    hooks = {nn.Conv2d: of_convolution, nn.Linear: of_linear, Attention: of_attention}
-    handles = [m.register_forward_hook(hooks[type(m)]) for m in network.modules() if type(m) in hooks]
-    call()
-    for handle in handles:
-        handle.remove()
-    return calls, operations
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is F.conv2d:
+            settings = dict(zip(("stride", "padding"), args[3:], strict=False))
+            self._add("convolutions", out.numel() * args[1][0].numel(), function, *args[:3], **settings)
+        elif function is F.linear:
+            self._add("matrix products", out.numel() * args[0].shape[-1], function, *args)
+        elif function is F.scaled_dot_product_attention:
+            q = args[0].flatten(0, 1)
+            p = torch.rand(len(q), q.shape[1], q.shape[1])
+            self._add("matrix products", p.numel() * q.shape[2], torch.bmm, q, q.transpose(1, 2))
+            self._add("matrix products", p.numel() * q.shape[2], torch.bmm, p, q)
+        return out
 
 
 def alone(calls: list[tuple], dtype: torch.dtype) -> Work:
@@ -135,7 +129,9 @@ def contenders(config: UNetConfig, batch: int) -> tuple[dict[str, Work], dict[st
         return peer(z, 1000 * times, class_labels=label).sample
 
     networks = {"diffusers, fp32": in_fp32(theirs), "ours, fp32": in_fp32(call), "ours, bf16": call}
-    calls, operations = products(ours, networks["ours, fp32"])
+    with Products() as seen:
+        networks["ours, fp32"]()
+    calls, operations = seen.calls, seen.operations
     side = torch.randn(PRODUCT, PRODUCT)
     calls[LARGE], operations[LARGE] = [(torch.mm, (side, side), {})], 2 * PRODUCT**3
     parts = {

@@ -170,12 +170,16 @@ def fuses(x: Tensor) -> bool:
 
 
 def convolved(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution of x, or the like, and its bias, if that is left to the next operation, which it costs nothing."""
-    if isinstance(layer, nn.Identity) or not fuses(x):
-        return layer(x), None
+    """A convolution of x, or the like, and its bias, if that is left to the next operation, which it costs nothing.
+
+    Modules' calls would take 1 % of the time of small images on a CPU.
+    """
+    if isinstance(layer, nn.Identity):
+        return x, None
+    bias, left = (None, layer.bias) if fuses(x) else (layer.bias, None)
     if isinstance(layer, nn.Linear):
-        return F.linear(x, layer.weight), layer.bias
-    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
+        return F.linear(x, layer.weight, bias), left
+    return F.conv2d(x, layer.weight, bias, layer.stride, layer.padding), left
 
 
 def _joint(layer: nn.Conv2d, *images: Tensor) -> tuple[Tensor, Tensor]:

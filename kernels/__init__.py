@@ -216,10 +216,12 @@ def group_norm(
     x_bias (C,) is added to x first: that of the convolution before. Returns x's dtype and memory layout.
     Raises ValueError if groups do not divide C or scale comes without shift.
     """
-    channels, num_groups, eps = _checked_norm("group_norm", x, None, num_groups, weight, bias, eps)
+    channels, num_groups, eps = _checked_norm("group_norm", x, None, num_groups, eps)
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
-    given = () if scale is None else (("scale", scale, (len(x), channels)), ("shift", shift, (len(x), channels)))
+    given = (("weight", weight, (channels,)), ("bias", bias, (channels,)))
+    if scale is not None:
+        given += (("scale", scale, (x.shape[0], channels)), ("shift", shift, (x.shape[0], channels)))
     if x_bias is not None:
         given += (("x_bias", x_bias, (channels,)),)
     _check_parameters("group_norm", x, given)
@@ -249,8 +251,10 @@ def residual_norm(
     returned once more in its place. What else is done with total and skip is to be done with those that are returned:
     its gradients are then added where that of the norm is computed. Raises ValueError on shapes that do not match.
     """
-    _, num_groups, eps = _checked_norm("residual_norm", x, skip, num_groups, weight, bias, eps)
-    given = () if h is None else (("h", h, x.shape),)
+    channels, num_groups, eps = _checked_norm("residual_norm", x, skip, num_groups, eps)
+    given = (("weight", weight, (channels,)), ("bias", bias, (channels,)))
+    if h is not None:
+        given += (("h", h, x.shape),)
     if x_bias is not None:
         given += (("x_bias", x_bias, x.shape[1:2]),)
     _check_parameters("residual_norm", x, given)
@@ -261,7 +265,7 @@ def residual_norm(
     )
 
 
-def _checked_norm(name, x, skip, num_groups, weight, bias, eps) -> tuple[int, int, float]:
+def _checked_norm(name, x, skip, num_groups, eps) -> tuple[int, int, float]:
     """(the channels of x and skip, num_groups, eps), all checked.
 
     What is right is found so without a call: ten calls are 1 % of the time that small images take on a CPU.
@@ -283,7 +287,6 @@ def _checked_norm(name, x, skip, num_groups, weight, bias, eps) -> tuple[int, in
         raise ValueError(f"{name}: {num_groups} groups do not divide {channels} channels")
     if not eps >= 0:
         raise ValueError(f"{name}: eps must not be negative, got {eps}")
-    _check_parameters(name, x, (("weight", weight, (channels,)), ("bias", bias, (channels,))))
     return channels, num_groups, eps
 
 
