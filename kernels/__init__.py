@@ -219,7 +219,9 @@ def group_norm(
     channels, num_groups, eps = _checked_norm("group_norm", x, None, num_groups, weight, bias, eps)
     if (scale is None) != (shift is None):
         raise ValueError("group_norm: scale and shift go together; give both or neither")
-    given = () if scale is None else (("scale", scale, (len(x), channels)), ("shift", shift, (len(x), channels)))
+    given, each = (), (x.shape[0], channels)
+    if scale is not None:
+        given = (("scale", scale, each), ("shift", shift, each))
     if x_bias is not None:
         given += (("x_bias", x_bias, (channels,)),)
     _check_parameters("group_norm", x, given)
