@@ -144,7 +144,7 @@ def _arguments(x, skip, mean, rstd, weight, bias, scale, shift, x_bias, silu) ->
     parameters["x_bias"] = None if x_bias is None else x_bias.contiguous()
     samples, seam, height, width = x.shape
     sizes = {"samples": samples, "pixels": height * width, "groups": mean.shape[1]}
-    sizes |= {"seam": seam, "channels": len(weight)}
+    sizes |= {"seam": seam, "channels": weight.shape[0]}
     strides = {
         "scale_stride": 0 if scale is None else scale.stride(0),
         "shift_stride": 0 if shift is None else shift.stride(0),
@@ -165,7 +165,7 @@ def _empty(like: Tensor, channels: int) -> Tensor:
 
 def _results(x: Tensor, channels: int, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd, to be filled."""
-    return _empty(x, channels), *(x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
+    return _empty(x, channels), *(x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
 
 
 @operator("group_norm")
@@ -182,7 +182,7 @@ def normalized(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) of channels-last x (B, C, H, W) and skip beside it; mean and rstd are (B, groups) float32."""
-    y, mean, rstd = _results(x, len(weight), num_groups)
+    y, mean, rstd = _results(x, weight.shape[0], num_groups)
     if not isinstance(x, FakeTensor):  # no tiles are chosen for symbolic sizes
         x, skip = map(_channels_last, (x, skip))
         given = _arguments(x, skip, mean, rstd, weight, bias, scale, shift, x_bias, silu)
@@ -204,7 +204,7 @@ def summed_and_normalized(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, rstd, total): total = (x + h + x_bias)·factor, and what `normalized` makes of it."""
-    (y, mean, rstd), total = _results(x, len(weight), num_groups), _empty(x, x.shape[1])
+    (y, mean, rstd), total = _results(x, weight.shape[0], num_groups), _empty(x, x.shape[1])
     if not isinstance(x, FakeTensor):
         x, h, skip = map(_channels_last, (x, h, skip))
         given = _arguments(x, skip, mean, rstd, weight, bias, None, None, x_bias, silu)
@@ -330,7 +330,7 @@ class _ResidualNorm(torch.autograd.Function):
         total, skip, mean, rstd, weight, bias, x_bias = ctx.saved_tensors
         of_x, of_h, *needed, of_bias = ctx.needs_input_grad[:6]
         if dy is None:
-            dy = _empty(total, len(weight)).zero_()
+            dy = _empty(total, weight.shape[0]).zero_()
         given = (dy, total, skip, mean, rstd, weight, bias, None, None, x_bias, also, other, ctx.factor, True, ctx.silu)
         needed = [of_x or of_h, *needed, False, False, of_bias]
         gradients = iter(last(normalized_backward, *given, needed))

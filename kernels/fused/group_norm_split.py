@@ -26,7 +26,7 @@ from .group_norm_one_pass import (
     store_tile,
 )
 
-AHEAD = tl.constexpr(2)  # tiles: one is read from memory while the one before is summed
+AHEAD = tl.constexpr(2)  # tiles: one is read from memory while the one before is worked on
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def apply_kernel(
     group = sample.to(tl.int64) * groups + channel // SIZE
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    for step in range(SPAN // ROWS):
+    for step in tl.range(SPAN // ROWS, num_stages=AHEAD):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
         v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
         u = (v - middle[None, :]) * (r * gain)[None, :] + offset[None, :]

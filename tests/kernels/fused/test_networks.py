@@ -100,7 +100,7 @@ def test_a_guided_ddim_step(device):
 
     ours, used = recorded(sample)
     assert error(ours, on_reference(sample)) < 1e-5
-    assert used == {"affine_update", "group_norm_one_pass", "residual", "resample", "attention"}
+    assert used == {"affine_update", "group_norm_one_pass", "resample", "attention"}
 
 
 @pytest.mark.parametrize("recipe", ["teacher", "stage1", "stage2"])
@@ -130,7 +130,7 @@ def test_an_update_of_each_recipe(device, recipe):
     ours, gradients = gradients, []
     loss_there = on_reference(update)
     assert loss_here == pytest.approx(loss_there, rel=1e-5)
-    of_networks = {"group_norm_one_pass", "group_norm", "residual", "resample", "attention"}
+    of_networks = {"group_norm_one_pass", "group_norm", "resample", "attention"}
     assert {"affine_update", "regression_loss"} | of_networks <= used
     assert len(ours) == len(gradients) > 10
     largest = max(gradient.abs().max() for gradient in gradients)

@@ -74,7 +74,7 @@ def gradients(outcome, leaves):
         for k, t in enumerate(outcome)
     )
     wanted = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad((y, total, skip), wanted, (of_y, of_total, of_skip), retain_graph=True)
+    return torch.autograd.grad((y, total, skip), wanted, (of_y, of_total, of_skip))
 
 
 def results(function, leaves, *options):
@@ -243,9 +243,10 @@ def test_tiles_that_reach_beyond_the_images_touch_nothing_there(device, shape, m
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("shape", "more", "groups", "count"), [((131073, 256, 8, 8), 128, 32, 2), ((174764, 96, 8, 8), 96, 32, 4)]
+    ("shape", "more", "groups", "count"), [((139811, 240, 8, 8), 16, 32, 2), ((190651, 176, 8, 8), 16, 32, 4)]
 )
 def test_offsets_have_64_bits(shape, more, groups, count):
+    """The last program's channels are of both images."""
     batch, channels, *size = shape
     image, skip = (meta(batch, c, *size, dtype=torch.bfloat16) for c in (channels, more))
     x, skip = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (image, skip))
