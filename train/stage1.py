@@ -24,7 +24,7 @@ class Options(LoopOptions):
     guidance_range: tuple[float, float] = (0.0, 4.0)
     """Guidance strengths w to learn, where there are classes; twice the same number: a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] | None = None
-    """Default: snr, and snr_trunc for students that have to learn x̃, of which snr asks nothing where it counts."""
+    """Default: snr; but for images snr_trunc where there is x̃ to learn, of which snr asks nothing at strong noise."""
     clip: bool = True
     """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
     lr: float = 1e-3
@@ -80,8 +80,8 @@ def train(options: Options) -> Denoiser | None:
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
     student = student_of(teacher, options.guidance_range)
     guided, limits = with_guidance(begin.freeze(teacher, options)), student.config.guidance_range
-    weight = options.weight or ("snr" if student.config.unet.outputs == 1 else "snr_trunc")
     clip = teacher.config.limit if options.clip else None
+    weight = options.weight or ("snr" if student.config.unet.outputs == 1 or clip is None else "snr_trunc")
 
     def loss(model: Denoiser, batch: Batch) -> Tensor:
         return regression.stage1(model, guided, batch, guidance_range=limits, weight=weight, clip=clip)

@@ -61,7 +61,7 @@ def test_from_a_dit_in_latents_to_four_steps(run):  # noqa: F811
     done(run, "import", "dit", "--out", "teacher")
     done(run, "latents", "--vae", "dit", "--data", "digits", *CPU)
     given = ("--data", "latents.safetensors", *CPU)
-    updates = (("--updates", 500), ("--updates", 150)) if LONG else (FEW, FEW)
+    updates = (("--updates", 300), ("--updates", 100)) if LONG else (FEW, FEW)
     done(run, "stage1", "--teacher", "teacher", "--out", "stage1", *given, *updates[0])
     rounds = ("--start-steps", 32, "--end-steps", 4, *updates[1])
     done(run, "stage2", "--teacher", "stage1", "--out", "stage2", *given, *rounds)

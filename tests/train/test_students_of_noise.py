@@ -73,7 +73,13 @@ def test_a_second_output_is_learned_in_stage1_alone(tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-    ("parameterization", "given", "used"), [("eps", None, "snr_trunc"), ("v", None, "snr"), ("eps", "snr", "snr")]
+    ("parameterization", "given", "used"),
+    [
+        ("eps", {}, "snr_trunc"),
+        ("v", {}, "snr"),
+        ("eps", {"weight": "snr"}, "snr"),
+        ("eps", {"clip": False}, "snr"),  # as of latents: errors of x̂ at strong noise have no limit
+    ],
 )
 def test_the_weight_asks_for_x_where_it_is_learned(tmp_path, monkeypatch, parameterization, given, used):
     teacher = save_model(tmp_path / "teacher", parameterization=parameterization)
@@ -84,7 +90,7 @@ def test_the_weight_asks_for_x_where_it_is_learned(tmp_path, monkeypatch, parame
         return real(*models, weight=weight, **how)
 
     monkeypatch.setattr(regression, "stage1", watched)
-    stage1.train(stage1.Options(teacher=teacher, out=tmp_path / "stage1", weight=given, **SMALL))
+    stage1.train(stage1.Options(teacher=teacher, out=tmp_path / "stage1", **given, **SMALL))
     assert set(asked) == {used}
 
 
