@@ -25,7 +25,9 @@ def operations(device: str) -> dict:
         ),
         "sid_generator_loss": lambda x: kernels.sid_generator_loss(x, image, image.cos(), 1.2),
         "group_norm": lambda x: kernels.group_norm(x, 2, weight, bias, silu=True, x_bias=x_bias),
-        "residual_norm": lambda x: kernels.residual_norm(x, image, None, 2, weight, bias, x_bias=x_bias, scale=0.5)[0],
+        "residual_norm": lambda x: kernels.residual_norm(
+            x, image, None, 2, weight, bias, x_bias=x_bias, scale=0.5, silu=True
+        )[0],
         "residual_sum": lambda x: kernels.residual_sum(x, image, x_bias=bias, scale=0.5),
         "downsample": lambda x: kernels.downsample(x),
         "upsample": lambda x: kernels.upsample(x),
