@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,13 +28,6 @@ ENOUGH_VISITS = {  # binary logarithms, measured, for groups of up to 2, 4 and 8
     (True, True, False): (16, 16, 16),
     (True, True, True): (17, 17, 17),
 }
-
-
-def residual_norm(x, h, skip, num_groups, weight, bias, eps, *, x_bias, scale, silu) -> tuple[Tensor, Tensor, Tensor]:
-    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
-    image = total if skip is None else torch.cat([total, skip], dim=1)
-    y = group_norm(image, num_groups, weight, bias, eps, scale=None, shift=None, silu=silu)
-    return y, total, total if skip is None else skip
 
 
 def residual_sum(x, h, *, x_bias, scale) -> Tensor:
@@ -72,6 +66,9 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     else:
         way = _widened if half and size % 16 else _by_pytorch
     return way(x, num_groups, weight, bias, eps, scale, shift, silu, training)
+
+
+residual_norm = functools.partial(reference.residual_norm, residual_sum=residual_sum, group_norm=group_norm)
 
 
 def _chunks_pay(visits: int, size: int, large: bool, dtype: torch.dtype, training: bool, plain: bool) -> bool:

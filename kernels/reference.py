@@ -101,13 +101,6 @@ def group_norm(x, num_groups, weight, bias, eps, *, scale, shift, silu, x_bias=N
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def residual_norm(x, h, skip, num_groups, weight, bias, eps, *, x_bias, scale, silu) -> tuple[Tensor, Tensor, Tensor]:
-    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
-    image = total if skip is None else torch.cat([total, skip], dim=1)
-    y = group_norm(image, num_groups, weight, bias, eps, scale=None, shift=None, silu=silu)
-    return y, total, total if skip is None else skip
-
-
 def residual_sum(x, h, *, x_bias, scale) -> Tensor:
     if h is None and x_bias is None and scale == 1:
         return x
@@ -118,6 +111,15 @@ def residual_sum(x, h, *, x_bias, scale) -> Tensor:
 
 def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)[:, None, None]
+
+
+def residual_norm(
+    x, h, skip, num_groups, weight, bias, eps, *, x_bias, scale, silu, residual_sum=residual_sum, group_norm=group_norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual_sum(x, h, x_bias=x_bias, scale=scale)
+    image = total if skip is None else torch.cat([total, skip], dim=1)
+    y = group_norm(image, num_groups, weight, bias, eps, scale=None, shift=None, silu=silu)
+    return y, total, total if skip is None else skip
 
 
 def downsample(x: Tensor) -> Tensor:
