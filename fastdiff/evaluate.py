@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -147,14 +148,13 @@ def main(options: Options) -> None:
     checks.finite(model, options.checkpoint)
     for guidance in options.guidance:
         checks.guidance(model, guidance)
-    goes_on = options.features is not None and score.unfinished(options.out)
-    distributed.first(lambda: checks.output(options.out, options.overwrite or goes_on, file=True))
     vae = options.decoder(model)
     if options.features is not None:
         _score_on_features(options, model, vae)
         return
     if options.reference is not None or options.fid:
         raise UserError("--reference and --fid are of the features of a given network: name it by --features")
+    distributed.first(lambda: checks.output(options.out, options.overwrite, file=True))
     _comparable(model, vae, options)
     reference = Reference.load(options.data, device=options.device, background=options.background)
     rows: list[Row] = []
@@ -172,16 +172,21 @@ def main(options: Options) -> None:
 
 
 def _score_on_features(options: Options, model: nn.Module, vae: Vae | None) -> None:
-    """Write the scores on the features of a given network."""
+    """Write the scores on the features of a given network; what the same command has left of them is not in its way."""
     made = model.image_shape if vae is None else vae.image_shape(model.image_shape)
     extractor = Extractor(options.features, made, options.device)
     dataset = _comparable(model, vae, options) if options.reference is None else None
-    real = score.Real(extractor, dataset, options.reference)
     sampling, rows = options.sampling(model, options.num, guidance=0.0), []
-    how = {"num": options.num, "decode": decoder(vae), "saved": options.out}
-    how["key"] = score.key_of(model, extractor, dataset, options.vae)
+    key = score.key_of(model, extractor, dataset, options.vae)
+    wanted = [key, repr(sampling), options.num, options.guidance, str(options.reference)]
+    command = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+    goes_on = score.unfinished(options.out, command)
+    distributed.first(lambda: checks.output(options.out, options.overwrite or goes_on, file=True))
+    real = score.Real(extractor, dataset, options.reference)
+    how = {"num": options.num, "decode": decoder(vae), "saved": options.out, "key": key}
     name = "FID" if options.fid or extractor.is_fid else "distance"
     about = {"distance": name, "features": extractor.name, "real": real.name, "checkpoint": str(options.checkpoint)}
+    about["command"] = command
     for guidance in options.guidance:
         one = replace(sampling, guidance=guidance)
         rows.append(score.score(model, extractor, real, one, **how))

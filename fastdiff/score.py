@@ -117,9 +117,12 @@ def _write(place: Path, found: Tensor) -> None:
         raise UserError(f"{place} was not written ({error.strerror}): make room there") from None
 
 
-def unfinished(saved: Path) -> bool:
-    """Whether passes have left something from which results are still to be made."""
-    return any(_passes(saved))
+def unfinished(saved: Path, command: str) -> bool:
+    """Whether these are the first rows of a command, by its hash, that was interrupted."""
+    try:
+        return bool(_passes(saved)) and json.loads(saved.read_text())["reference"]["command"] == command
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def forget(saved: Path) -> None:

@@ -160,6 +160,10 @@ def test_what_was_made_is_not_made_again(run, monkeypatch):  # noqa: F811
     Path("results.json").unlink()
     assert run(*both).code == 130 and len([*Path().glob(".results.json.*")]) == 6
     assert [comparable(row) for row in rows()] == [comparable(whole[0])]  # a row is there as soon as it is made
+    before = rows()
+    for other in (["--seed", 1], ["--guidance", 1], ["--num", 29]):  # another command would lose them
+        assert_refused(run(*both, *other), "results.json", "already exists")
+    assert rows() == before
     assert run(*both).code == 0
     assert calls == [(0, n) for n in (0, 8, 16, 24)] + [(1, n) for n in (0, 8, 16, 16, 24)]
     assert [comparable(row) for row in rows()] == [comparable(row) for row in whole]
