@@ -201,12 +201,10 @@ def _ptx_accesses(text: str, names: list[str], pointers: set[str]) -> dict[str, 
     before = -1
     while before != (before := sum(map(len, origin.values()))):  # again while it grows: loops carry pointers backward
         for instruction, operands in lines:
-            target, *sources = re.findall(r"%\w+", operands) or [None]
-            if instruction.startswith("ld.param"):
-                name = names[int(index[1])] if (index := re.search(r"_param_(\d+)", operands)) else None
-                origin.setdefault(target, set()).update({name} & pointers)
-            elif target and target.startswith("%rd") and not instruction.startswith(("ld", "st", "atom")):
-                origin.setdefault(target, set()).update(*(origin.get(source, ()) for source in sources))
+            target, *sources = re.findall(r"%\w+", operands) or [""]
+            if target.startswith("%rd") and (instruction.startswith("ld.param") or instruction[:2] not in ("ld", "st")):
+                given = {names[int(index)] for index in re.findall(r"_param_(\d+)", operands)} & pointers
+                origin.setdefault(target, set()).update(given, *(origin.get(source, ()) for source in sources))
     found = {name: {"load": Counter(), "store": Counter()} for name in names if name in pointers}
     for instruction, operands in lines:
         if access := _access(instruction, operands):

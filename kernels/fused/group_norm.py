@@ -13,6 +13,8 @@ shift, and dx = rstd·(gain·g − mean(gain·g) − x̂·mean(gain·g·x̂)) wi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -97,18 +99,22 @@ def _parameter_gradients_kernel(
         store(d_x_bias, channel, tl.sum(of_x_bias, axis=0), channel < seam)
 
 
-def _one_pass(y: Tensor, num_groups: int, largest: int, row: int) -> dict[str, int] | None:
-    """How the one-pass kernels divide an image, or None where the split path has to do it."""
+def _one_pass(y: Tensor, seam: int, num_groups: int, largest: int, row: int) -> dict[str, int] | None:
+    """How the one-pass kernels divide an image, or None where the split path has to do it.
+
+    seam: the channel at which a second image begins; a tile lies on one side of it.
+    """
     samples, channels, height, width = y.shape
     size, rows, programs = channels // num_groups, triton.next_power_of_2(height * width), samples * num_groups
     padded = triton.next_power_of_2(size)
     widest = min(WIDEST, max(row // y.element_size(), USUAL // rows))
     groups, enough = 1, 2 * multiprocessors(y.device)
-    while num_groups % (2 * groups) == 0 and 2 * groups * padded <= widest and programs // (2 * groups) >= enough:
+    whole = math.gcd(seam, channels)
+    while whole % (2 * groups * size) == 0 and 2 * groups * padded <= widest and programs // (2 * groups) >= enough:
         groups *= 2
     vectors = padded == size or size % 8 == 0  # or else rows would be accessed in pieces of less than 16 bytes
     fits = groups * size >= NARROWEST and rows * groups * padded * y.element_size() <= largest
-    if not (vectors and fits and programs // groups >= enough):
+    if not (vectors and fits and programs // groups >= enough and whole % (groups * size) == 0):
         return None
     return {"bundles": num_groups // groups, "ROWS": rows, "GROUPS": groups, "SIZE": size, "PADDED": padded}
 
@@ -118,11 +124,12 @@ def _warps(bundle: dict[str, int], elements: int) -> int:
     return max(4, bundle["ROWS"] * bundle["GROUPS"] * bundle["PADDED"] // (32 * elements))
 
 
-def _split(y: Tensor, num_groups: int) -> dict[str, int]:
+def _split(y: Tensor, seam: int, num_groups: int) -> dict[str, int]:
     """How those of the split path divide it: into tiles of SPAN rows, of which ROWS at a time are in registers."""
     samples, channels, height, width = y.shape
     pixels, columns = height * width, min(CHANNELS, triton.next_power_of_2(channels))
-    rows, blocks = min(ELEMENTS // columns, triton.next_power_of_2(pixels)), triton.cdiv(channels, columns)
+    rows = min(ELEMENTS // columns, triton.next_power_of_2(pixels))
+    blocks = triton.cdiv(seam, columns) + triton.cdiv(channels - seam, columns)
     span = max(rows, min(LONGEST, triton.next_power_of_2(pixels)))
     while span > rows and samples * blocks * triton.cdiv(pixels, span) < 4 * multiprocessors(y.device):
         span //= 2
@@ -214,11 +221,11 @@ def summed_and_normalized(
 
 def _forward(y: Tensor, num_groups: int, given: dict[str, object]) -> None:
     samples, channels = y.shape[:2]
-    if bundle := _one_pass(y, num_groups, LARGEST, ROW):
+    if bundle := _one_pass(y, given["seam"], num_groups, LARGEST, ROW):
         warps = _warps(bundle, 128 // y.element_size())
         _run(one_pass_kernel, samples * bundle["bundles"], given, **bundle, num_warps=warps)
         return
-    split = _split(y, num_groups)
+    split = _split(y, given["seam"], num_groups)
     tiles, programs = split["tiles"], samples * split["tiles"] * split["blocks"]
     tile_mean, tile_m2 = (y.new_empty((samples, tiles, channels), dtype=torch.float32) for _ in range(2))
     given = given | split | {"tile_mean": tile_mean, "tile_m2": tile_m2}
@@ -282,11 +289,11 @@ def _backward(dy: Tensor, num_groups: int, given: dict[str, object], sum_wanted:
     def sums(parts: int) -> dict[str, object]:
         return {"parts": parts, "sum_dx": dy.new_empty((parts, channels), dtype=torch.float32) if sum_wanted else None}
 
-    if bundle := _one_pass(dy, num_groups, LARGEST_BACKWARD, ROW_BACKWARD):
+    if bundle := _one_pass(dy, given["seam"], num_groups, LARGEST_BACKWARD, ROW_BACKWARD):
         warps, of_dx = _warps(bundle, 64 // dy.element_size()), sums(samples)
         _run(one_pass_backward_kernel, samples * bundle["bundles"], given | of_dx, **bundle, num_warps=warps)
         return of_dx
-    split = _split(dy, num_groups)
+    split = _split(dy, given["seam"], num_groups)
     tiles, programs = split["tiles"], samples * split["tiles"] * split["blocks"]
     tile_g, tile_gx = (dy.new_empty((samples, tiles, channels), dtype=torch.float32) for _ in range(2))
     mean_g, mean_gx = (dy.new_empty((samples, num_groups), dtype=torch.float32) for _ in range(2))

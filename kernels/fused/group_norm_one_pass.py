@@ -12,6 +12,8 @@ channels, channels-last):
     x_bias          (seam,), added to x first; or None
     SILU            whether SiLU follows
     SIZE            channels of a group
+
+A tile lies in x or in skip, never in both.
 """
 
 from __future__ import annotations
@@ -59,43 +61,48 @@ def load_tile(image, pitch, sample, pixels, row, channel, mask):
 
 
 @triton.jit
+def load_if_given(image, pitch, sample, pixels, row, channel, mask):
+    value = 0.0
+    if image is not None:
+        value = load_tile(image, pitch, sample, pixels, row, channel, mask)
+    return value
+
+
+@triton.jit
 def store_tile(image, pitch, sample, pixels, row, channel, value, mask):
     store(image + sample.to(tl.int64) * pixels * pitch, row[:, None] * pitch + channel[None, :], value, mask)
 
 
 @triton.jit
-def _sides(skip, seam, channel, mask):
-    """(which of a tile are x's, which are skip's, their channels there); without skip both are all."""
-    of_x, of_skip, beside = mask, mask, channel
+def image_of(x, skip, seam, channels, of_x):
+    """The image in which a tile lies, the elements of its rows, and which channel is its first; of_x: whether in x."""
+    image, pitch, start = x, seam, 0
     if skip is not None:
-        of_x, of_skip, beside = mask & (channel < seam)[None, :], mask & (channel >= seam)[None, :], channel - seam
-    return of_x, of_skip, beside
+        image = tl.where(of_x, x, skip)
+        pitch, start = tl.where(of_x, seam, channels - seam), tl.where(of_x, 0, seam)
+    return image, pitch, start
 
 
 @triton.jit
-def load_image(x, skip, seam, channels, sample, pixels, row, channel, mask):
-    """A tile of x and of skip beside it."""
-    of_x, of_skip, beside = _sides(skip, seam, channel, mask)
-    v = load_tile(x, seam, sample, pixels, row, channel, of_x)
-    if skip is not None:
-        v += load_tile(skip, channels - seam, sample, pixels, row, beside, of_skip)
-    return v
+def load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask):
+    image, pitch, start = image_of(x, skip, seam, channels, of_x)
+    return load_tile(image, pitch, sample, pixels, row, channel - start, mask)
 
 
 @triton.jit
-def load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask):
-    """A tile of (x + h + x_bias)·factor, rounded as it is kept in `total`, if it is, and of skip beside it."""
-    of_x, of_skip, beside = _sides(skip, seam, channel, mask)
-    v = load_tile(x, seam, sample, pixels, row, channel, of_x)
+def load_sum(total, x, h, x_bias, factor, skip, seam, channels, of_x, sample, pixels, row, channel, mask):
+    """A tile of skip, or of (x + h + x_bias)·factor, rounded as it is kept in `total`, if it is."""
+    v = load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
+    summed, factor = mask, tl.cast(factor, tl.float32)
+    if skip is not None:
+        summed, factor = mask & of_x, tl.where(of_x, factor, 1.0)
     if h is not None:
-        v += load_tile(h, seam, sample, pixels, row, channel, of_x)
+        v += load_tile(h, seam, sample, pixels, row, channel, summed)
     if x_bias is not None:
-        v = tl.where(of_x, v + load(x_bias, channel, channel < seam)[None, :], 0.0)
+        v = tl.where(mask, v + load(x_bias, channel, channel < seam)[None, :], 0.0)
     if total is not None:
-        v = (v * tl.cast(factor, tl.float32)).to(total.dtype.element_ty).to(tl.float32)
-        store_tile(total, seam, sample, pixels, row, channel, v, of_x)
-    if skip is not None:
-        v += load_tile(skip, channels - seam, sample, pixels, row, beside, of_skip)
+        v = (v * factor).to(total.dtype.element_ty).to(tl.float32)
+        store_tile(total, seam, sample, pixels, row, channel, v, summed)
     return v
 
 
@@ -111,22 +118,29 @@ def store_gradients(
     gradient,  # of a tile
     seam,
     channels,
+    of_x,
     sample,
     pixels,
     row,
     channel,
     mask,
 ):
-    """Add the other gradients to a tile's, and store that of x, h and x_bias, which is returned, and that of skip."""
-    of_x, of_skip, beside = _sides(dskip, seam, channel, mask)
-    if also is not None:
-        gradient += load_tile(also, also_pitch, sample, pixels, row, channel, of_x)
-    if other is not None:
-        gradient += load_tile(other, other_pitch, sample, pixels, row, beside, of_skip)
+    """Add the other gradients to a tile's, and store it as that of skip, or of x, h and x_bias; it is returned."""
+    image, pitch, start = image_of(dx, dskip, seam, channels, of_x)
+    at, factor = channel - start, tl.cast(factor, tl.float32)
     if dskip is not None:
-        store_tile(dskip, channels - seam, sample, pixels, row, beside, gradient, of_skip)
-    gradient = tl.where(of_x, gradient * tl.cast(factor, tl.float32), 0.0)
-    store_tile(dx, seam, sample, pixels, row, channel, gradient, of_x)
+        factor = tl.where(of_x, factor, 1.0)
+    if dskip is None:
+        gradient += load_if_given(also, also_pitch, sample, pixels, row, at, mask)
+        gradient += load_if_given(other, other_pitch, sample, pixels, row, at, mask)
+    elif also is not None and other is not None:
+        more, more_pitch = tl.where(of_x, also, other), tl.where(of_x, also_pitch, other_pitch)
+        gradient += load_tile(more, more_pitch, sample, pixels, row, at, mask)
+    else:
+        gradient += load_if_given(also, also_pitch, sample, pixels, row, at, mask & of_x)
+        gradient += load_if_given(other, other_pitch, sample, pixels, row, at, mask & (not of_x))
+    gradient = tl.where(mask, gradient * factor, 0.0)
+    store_tile(image, pitch, sample, pixels, row, at, gradient, mask)
     return gradient
 
 
@@ -147,8 +161,8 @@ def input_gradient(xhat, g, r, gain, mean_g, mean_gx):
 
 
 @triton.jit
-def _bundle(pixels, bundles, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """(sample, first group, rows, channels, which of these exist, the tile's mask) of a program.
+def _bundle(pixels, seam, bundles, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """(sample, first group, rows, channels, which of these exist, whether they are x's, the tile's mask) of a program.
 
     Each group of SIZE channels takes PADDED columns of the tile, a power of two.
     """
@@ -160,7 +174,7 @@ def _bundle(pixels, bundles, ROWS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.
     else:
         channel, inside = (first + column // PADDED) * SIZE + column % PADDED, column % PADDED < SIZE
     row = tl.arange(0, ROWS)
-    return sample, first, row, channel, inside, (row < pixels)[:, None] & inside[None, :]
+    return sample, first, row, channel, inside, first * SIZE < seam, (row < pixels)[:, None] & inside[None, :]
 
 
 @triton.jit
@@ -172,6 +186,8 @@ def _sum_groups(columns, GROUPS: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def _to_columns(of_groups, GROUPS: tl.constexpr, PADDED: tl.constexpr):
     """(GROUPS,) -> (GROUPS·PADDED,)"""
+    if GROUPS == 1:  # one register, not one for each column
+        return tl.broadcast_to(tl.sum(of_groups, axis=0), (PADDED,))
     return tl.reshape(tl.broadcast_to(of_groups[:, None], (GROUPS, PADDED)), (GROUPS * PADDED,))
 
 
@@ -204,8 +220,8 @@ def one_pass_kernel(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,  # SIZE rounded up to a power of two
 ):
-    sample, first, row, channel, inside, mask = _bundle(pixels, bundles, ROWS, GROUPS, SIZE, PADDED)
-    v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask)
+    sample, first, row, channel, inside, of_x, mask = _bundle(pixels, seam, bundles, ROWS, GROUPS, SIZE, PADDED)
+    v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
     of_groups = _sum_groups(tl.sum(v, axis=0), GROUPS, PADDED) / (pixels * SIZE)
     deviation = tl.where(mask, v - _to_columns(of_groups, GROUPS, PADDED)[None, :], 0.0)
     variance = _sum_groups(tl.sum(deviation * deviation, axis=0), GROUPS, PADDED) / (pixels * SIZE)
@@ -255,12 +271,12 @@ def one_pass_backward_kernel(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    sample, first, row, channel, inside, mask = _bundle(pixels, bundles, ROWS, GROUPS, SIZE, PADDED)
+    sample, first, row, channel, inside, of_x, mask = _bundle(pixels, seam, bundles, ROWS, GROUPS, SIZE, PADDED)
     group = sample.to(tl.int64) * groups + first + tl.arange(0, GROUPS)
     mu, r = _to_columns(tl.load(mean + group), GROUPS, PADDED), _to_columns(tl.load(rstd + group), GROUPS, PADDED)
     middle = center(mu, x_bias, channel, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
-    v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+    v = load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
     of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
     xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
     of_g, of_gx = tl.sum(g, axis=0), tl.sum(g * xhat, axis=0)
@@ -282,6 +298,7 @@ def one_pass_backward_kernel(
             gradient,
             seam,
             channels,
+            of_x,
             sample,
             pixels,
             row,

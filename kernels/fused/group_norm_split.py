@@ -30,12 +30,18 @@ AHEAD = tl.constexpr(2)  # tiles: one is read from memory while the one before i
 
 
 @triton.jit
-def _part(channels, tiles, blocks, CHANNELS: tl.constexpr):
-    """(sample, tile, channels, which exist) of a program."""
+def _part(skip, seam, channels, tiles, blocks, CHANNELS: tl.constexpr):
+    """(sample, tile, channels, which exist, whether they are x's) of a program."""
     pid = tl.program_id(0)
     sample, tile, block = pid // (tiles * blocks), pid // blocks % tiles, pid % blocks
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    return sample, tile, channel, channel < channels
+    first, end, of_x = block * CHANNELS, channels, True
+    if skip is not None:
+        before = tl.cdiv(seam, CHANNELS)  # blocks of x
+        of_x = block < before
+        first = tl.where(of_x, first, seam + (block - before) * CHANNELS)
+        end = tl.where(of_x, seam, channels)
+    channel = first + tl.arange(0, CHANNELS)
+    return sample, tile, channel, channel < end, of_x
 
 
 @triton.jit
@@ -65,13 +71,13 @@ def stats_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Mean and summed squared deviation of each channel in each tile."""
-    sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
+    sample, tile, channel, inside, of_x = _part(skip, seam, channels, tiles, blocks, CHANNELS)
     mean = tl.zeros((ROWS, CHANNELS), tl.float32)  # of what each element of the tile has seen: Welford's recurrence
     m2 = tl.zeros((ROWS, CHANNELS), tl.float32)
     ahead: tl.constexpr = AHEAD if total is None else 1  # a sum has several images on their way as it is
     for step in tl.range(SPAN // ROWS, num_stages=ahead):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
-        v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, sample, pixels, row, channel, mask)
+        v = load_sum(total, x, h, x_bias, factor, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
         deviation = tl.where(mask, v - mean, 0.0)
         mean += deviation * (1.0 / (step + 1))
         m2 += deviation * (v - mean)
@@ -149,13 +155,13 @@ def apply_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
+    sample, tile, channel, inside, of_x = _part(skip, seam, channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
     for step in tl.range(SPAN // ROWS, num_stages=AHEAD):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
-        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        v = load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
         u = (v - middle[None, :]) * (r * gain)[None, :] + offset[None, :]
         if SILU:
             u = silu(u)
@@ -191,7 +197,7 @@ def sums_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Σ g and Σ g·x̂ of each channel in each tile, with g the gradient of u."""
-    sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
+    sample, tile, channel, inside, of_x = _part(skip, seam, channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     gain, offset = affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside)
@@ -199,7 +205,7 @@ def sums_kernel(
     of_gx = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in tl.range(SPAN // ROWS, num_stages=AHEAD):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
-        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        v = load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
         of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
         xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
         of_g += g
@@ -292,7 +298,7 @@ def input_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    sample, tile, channel, inside = _part(channels, tiles, blocks, CHANNELS)
+    sample, tile, channel, inside, of_x = _part(skip, seam, channels, tiles, blocks, CHANNELS)
     group = sample.to(tl.int64) * groups + channel // SIZE
     middle, r = center(load(mean, group, inside), x_bias, channel, inside), load(rstd, group, inside)
     of_g, of_gx = load(mean_g, group, inside), load(mean_gx, group, inside)
@@ -300,7 +306,7 @@ def input_gradient_kernel(
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(SPAN // ROWS):
         row, mask = _rows(tile * SPAN + step * ROWS, inside, pixels, ROWS)
-        v = load_image(x, skip, seam, channels, sample, pixels, row, channel, mask)
+        v = load_image(x, skip, seam, channels, of_x, sample, pixels, row, channel, mask)
         of_y = load_tile(dy, channels, sample, pixels, row, channel, mask)
         xhat, g = normalized_and_gradient(v, of_y, middle, r, gain, offset, SILU)
         gradient = input_gradient(xhat, g, r, gain, of_g, of_gx)
@@ -315,6 +321,7 @@ def input_gradient_kernel(
             gradient,
             seam,
             channels,
+            of_x,
             sample,
             pixels,
             row,

@@ -205,6 +205,18 @@ def test_narrow_asynchronous_copies_are_seen():
     assert inspect._ptx_accesses(ptx, ["x"], {"x"}) == {"x": {"load": {128: 1, 32: 1}, "store": {}}}
 
 
+def test_accesses_of_one_of_two_images_are_of_both():
+    ptx = """
+        mov.b64 %rd1, k_param_0;
+        mov.b64 %rd2, k_param_1;
+        selp.b64 %rd3, %rd1, %rd2, %p1;
+        ld.param.b64 %rd4, [%rd3];
+        st.global.v2.b32 [ %rd4 + 0 ], { %r1, %r2 };
+    """
+    stored = {"load": {}, "store": {64: 1}}
+    assert inspect._ptx_accesses(ptx, ["x", "skip"], {"x", "skip"}) == {"x": stored, "skip": stored}
+
+
 WITHOUT_TRITON = """
 import runpy, sys
 sys.modules["triton"] = None

@@ -23,8 +23,10 @@ SPLIT = (
 PATHS = {  # (shape of the sum, channels of skip, groups): a group of some lies on both sides
     "one pass": ((2, 16, 16, 16), 16, 4, ONE_PASS),
     "one pass alone": ((2, 32, 8, 8), 0, 4, ONE_PASS),
-    "padded, astride": ((2, 20, 8, 8), 28, 2, ONE_PASS),
+    "padded": ((2, 24, 8, 8), 24, 2, ONE_PASS),
+    "small, astride": ((2, 20, 8, 8), 28, 2, SPLIT),
     "split, astride": ((2, 7, 24, 24), 11, 3, SPLIT),
+    "split, apart": ((2, 12, 24, 24), 24, 3, SPLIT),
     "split alone": ((2, 12, 24, 24), 0, 2, SPLIT),
 }
 each_path = pytest.mark.parametrize(("shape", "more", "groups", "path"), PATHS.values(), ids=PATHS)
@@ -246,7 +248,7 @@ def test_tiles_that_reach_beyond_the_images_touch_nothing_there(device, shape, m
     ("shape", "more", "groups", "count"), [((139811, 240, 8, 8), 16, 32, 2), ((190651, 176, 8, 8), 16, 32, 4)]
 )
 def test_offsets_have_64_bits(shape, more, groups, count):
-    """The last program's channels are of both images."""
+    """The last program's channels are those of skip, those of the one before it are the last ones of the sum."""
     batch, channels, *size = shape
     image, skip = (meta(batch, c, *size, dtype=torch.bfloat16) for c in (channels, more))
     x, skip = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (image, skip))
@@ -259,7 +261,7 @@ def test_offsets_have_64_bits(shape, more, groups, count):
     large = [one for one in launches(forward_and_backward) if {"x", "dx"} & one.arguments.keys()]
     assert len(large) == count
     for one in large:
-        assert_last_program_ends_with_its_tensors(one)
+        assert_last_program_ends_with_its_tensors(one, last=2)
 
 
 # --- registration ---
