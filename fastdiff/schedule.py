@@ -48,7 +48,10 @@ class CosineSchedule(Schedule):
 
 
 class StepSchedule(Schedule):
-    """Of a network that was trained on `steps` discrete steps, 0 being the cleanest: φ(t) at the step t·(steps − 1)."""
+    """Of a network that was trained on `steps` discrete steps, 0 being the cleanest.
+
+    φ(t) is that of the step t·(steps − 1), unless its subclass says else.
+    """
 
     steps: int
 
@@ -195,6 +198,36 @@ def _from_betas(betas: Tensor, zero_terminal: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
+class EvenSchedule(StepSchedule):
+    """The angles and the steps of another, with times that lie even in the angle.
+
+    Of a few steps that lie even in a table's, the first ones begin and end where noise is all there is.
+    """
+
+    of: StepSchedule
+
+    def __post_init__(self):
+        if isinstance(self.of, dict):
+            object.__setattr__(self, "of", from_dict(self.of))
+        if not isinstance(self.of, StepSchedule):
+            raise ValueError(f"of is a schedule of steps, not {self.of}")
+
+    @property
+    def steps(self) -> int:
+        return self.of.steps
+
+    def _angle(self, t: Tensor) -> Tensor:
+        start, end = self.of.angle(0.0), self.of.angle(1.0)
+        return start + (end - start) * t
+
+    def step(self, angle: Tensor) -> Tensor:
+        return self.of.step(angle)
+
+    def to_dict(self) -> dict:
+        return {"name": NAMES[type(self)], "of": self.of.to_dict()}
+
+
+@dataclass(frozen=True)
 class KarrasSchedule(Schedule):
     """[EDM] eq. 5: σ^(1/ρ) linear in t, and φ = atan σ."""
 
@@ -214,6 +247,7 @@ SCHEDULES = {
     "cosine-beta": CosineBetaSchedule,
     "table": TableSchedule,
     "vp": VPSchedule,
+    "even": EvenSchedule,
     "karras": KarrasSchedule,
 }
 NAMES = {cls: name for name, cls in SCHEDULES.items()}

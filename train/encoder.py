@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import cli, rotation
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
 from fastdiff.losses.batch import Batch
-from train import begin, rounds
+from train import begin, rounds, students
 from train.rounds import PRESETS
 
 MAX_GAIN = 100  # x̂ rounded to 8 bits is 0.002 off; that much more is a fifth of the noise's standard deviation
@@ -44,7 +44,7 @@ def loss(options: Options, teacher: Denoiser) -> rounds.RoundLoss:
 
 def check(options: Options, teacher: Denoiser) -> None:
     """Raises UserError for a network whose errors one step up would multiply by more than MAX_GAIN."""
-    gain = error_gain(teacher, options.end_steps)
+    gain = error_gain(students.spaced(teacher.config, options.spacing), options.end_steps)
     if gain > MAX_GAIN:
         raise UserError(
             f"{options.teacher} predicts {teacher.config.parameterization}, and on its schedule one of "
@@ -53,10 +53,10 @@ def check(options: Options, teacher: Denoiser) -> None:
         )
 
 
-def error_gain(denoiser: Denoiser, steps: int) -> float:
+def error_gain(config: DenoiserConfig, steps: int) -> float:
     """The most that an error of the network's output is multiplied by in any of `steps` equal steps up."""
-    angle = denoiser.schedule.angle(torch.arange(steps + 1, dtype=torch.float64) / steps)
-    v = rotation.affine(denoiser.config.parameterization, torch.empty(steps, 2, 0, 0), angle[:-1])
+    angle = config.schedule.angle(torch.arange(steps + 1, dtype=torch.float64) / steps)
+    v = rotation.affine(config.parameterization, torch.empty(steps, 2, 0, 0), angle[:-1])
     coefs = [coef for coef in (v.coef_a, v.coef_b) if coef is not None]
     return float((torch.sin(angle.diff()) * torch.stack(coefs)).abs().max())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoint, data, distributed
-from fastdiff.denoiser import Denoiser
+from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.errors import UserError
 from fastdiff.run import Run
 from train import begin, loop, students
@@ -37,6 +37,12 @@ class Options(LoopOptions):
     lr: float = 3e-4
     """A round's student starts as a copy that is nearly right: with 1e-3, the first updates spoil what it knows."""
     warmup: int = 20
+    spacing: students.Spacing = "angle"
+    """How the steps lie, of a teacher that was trained on discrete steps and had no stage 1: see `train.stage1`."""
+
+    def lasting(self, options: dict) -> dict:
+        """Runs that began before this had its default."""
+        return super().lasting(options | {"spacing": options.get("spacing", "steps")})
 
     def check(self) -> None:
         super().check()
@@ -94,14 +100,18 @@ def recipe(
         check_outputs(teacher, options)
         check(options, teacher)
 
+    def config(options: Options, teacher: Denoiser) -> DenoiserConfig:
+        return students.spaced(teacher.config, options.spacing)
+
     def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
+        teacher.config = config(options, teacher)
         of_round = loss(options, teacher)
         return _run(options, teacher, of_round, dataset, kind=name, sampler=sampler(options))
 
     return begin.Recipe(
         name,
         PRESETS,
-        lambda options, teacher, dataset: teacher.config,
+        lambda options, teacher, dataset: config(options, teacher),
         learn,
         check=check_teacher,
         rounds=plan,

@@ -25,6 +25,9 @@ class Options(LoopOptions):
     """Guidance strengths w to learn, where there are classes; twice the same number: a student without a w input."""
     weight: Literal["v", "snr", "snr_trunc", "constant"] | None = None
     """Default: snr; but for images snr_trunc where there is x̃ to learn, of which snr asks nothing at strong noise."""
+    spacing: students.Spacing = "angle"
+    """How the student's sampling steps lie, where the teacher was trained on discrete steps: evenly in the noise's
+    angle, or in the teacher's steps, of which the noisiest differ little."""
     clip: bool = True
     """Limit the guided teacher's x̂ to [−1, 1], as its sampler does; latents have no limit."""
     lr: float = 1e-3
@@ -39,8 +42,9 @@ class Options(LoopOptions):
             )
 
     def lasting(self, options: dict) -> dict:
-        """Runs that began before the weight had two defaults say snr where nothing was asked for."""
-        return super().lasting(options | {"weight": options.get("weight") or "snr"})
+        """Runs that began before these had their defaults."""
+        before = {"weight": options.get("weight") or "snr", "spacing": options.get("spacing", "steps")}
+        return super().lasting(options | before)
 
 
 PRESETS = {
@@ -78,7 +82,7 @@ def train(options: Options) -> Denoiser | None:
 
 
 def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoiser:
-    student = student_of(teacher, options.guidance_range)
+    student = student_of(teacher, options.guidance_range, options.spacing)
     guided, limits = with_guidance(begin.freeze(teacher, options)), student.config.guidance_range
     clip = teacher.config.limit if options.clip else None
     weight = options.weight or ("snr" if student.config.unet.outputs == 1 or clip is None else "snr_trunc")
@@ -89,18 +93,21 @@ def learn(options: Options, teacher: Denoiser, dataset: data.Dataset) -> Denoise
     return loop.fit(student, loss, dataset, options, name="stage1")
 
 
-def student_config(teacher: Denoiser, guidance_range: tuple[float, float]) -> DenoiserConfig:
-    config, limits = students.settled(teacher.config), guidance_range if teacher.num_classes else None
+def student_config(
+    teacher: Denoiser, guidance_range: tuple[float, float], spacing: students.Spacing = "angle"
+) -> DenoiserConfig:
+    limits = guidance_range if teacher.num_classes else None
+    config = students.settled(students.spaced(teacher.config, spacing))
     unet = replace(config.unet, guidance_input=limits is not None and limits[0] < limits[1])
     return replace(config, unet=unet, unconditional=None, kind="stage1", guidance_range=limits)
 
 
-def student_of(teacher: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
+def student_of(teacher: Denoiser, guidance_range: tuple[float, float], spacing: students.Spacing = "angle") -> Denoiser:
     """A copy of the teacher with a guidance input that at first changes nothing ([GD] section 3.1).
 
     Of a teacher that predicts ε, one that predicts x, too, at first 0: see `students.settled`.
     """
-    return students.student_of(teacher.conditional(), student_config(teacher, guidance_range))
+    return students.student_of(teacher.conditional(), student_config(teacher, guidance_range, spacing))
 
 
 def check_teacher(options: Options, teacher: Denoiser) -> None:
@@ -117,7 +124,7 @@ def check_teacher(options: Options, teacher: Denoiser) -> None:
 RECIPE = begin.Recipe(
     "stage1",
     PRESETS,
-    lambda options, teacher, _: student_config(teacher, options.guidance_range),
+    lambda options, teacher, _: student_config(teacher, options.guidance_range, options.spacing),
     learn,
     check=check_teacher,
 )

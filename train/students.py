@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastdiff import files
 from fastdiff.denoiser import Denoiser, DenoiserConfig, blank, moved
+from fastdiff.schedule import EvenSchedule, StepSchedule
+
+Spacing = Literal["angle", "steps"]
 
 
 @functools.cache
@@ -30,6 +34,13 @@ def settled(config: DenoiserConfig) -> DenoiserConfig:
         )
         return config
     return both
+
+
+def spaced(config: DenoiserConfig, spacing: Spacing) -> DenoiserConfig:
+    """That of a teacher whose sampling steps lie as its students' do; a student's lie as they were distilled."""
+    if spacing == "steps" or config.kind != "teacher" or not isinstance(config.schedule, StepSchedule):
+        return config
+    return replace(config, schedule=EvenSchedule(config.schedule))
 
 
 def _weights(config: DenoiserConfig) -> list[Tensor]:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff import schedule
-from fastdiff.schedule import CosineSchedule, KarrasSchedule, LinearBetaSchedule
+from fastdiff.schedule import CosineSchedule, EvenSchedule, KarrasSchedule, LinearBetaSchedule, TableSchedule
 
-ALL = [CosineSchedule(), LinearBetaSchedule(), KarrasSchedule()]
+EVEN = EvenSchedule(LinearBetaSchedule())
+ALL = [CosineSchedule(), LinearBetaSchedule(), KarrasSchedule(), EVEN]
 every_schedule = pytest.mark.parametrize("sched", ALL, ids=lambda s: type(s).__name__)
 times = st.floats(0, 1)
 
@@ -58,6 +59,23 @@ def test_linear_beta_is_linear_in_the_angle_between_timesteps():
         t = torch.from_numpy((below + share) / 999)
         expected = (1 - share) * angles[below] + share * angles[below + 1]
         np.testing.assert_allclose(LinearBetaSchedule().angle(t).numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "of", [LinearBetaSchedule(), LinearBetaSchedule(zero_terminal=True), TableSchedule((0.9, 0.1))]
+)
+def test_even_is_linear_in_the_angle_between_the_ends_of_another_and_hears_its_steps(of):
+    even = EvenSchedule(of)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    found = even.angle(t)
+    np.testing.assert_allclose(found, np.linspace(of.angle(0.0), of.angle(1.0), 101), rtol=1e-12)
+    assert even.steps == of.steps
+    torch.testing.assert_close(even.step(found), of.step(found), rtol=0, atol=0)
+
+
+def test_no_step_of_four_is_lost_in_noise():
+    """The signal after the first of 4 steps: of those even in linear-beta's steps, it is 1 in 17 there."""
+    assert [round(math.cos(one.angle(0.75)), 2) for one in (LinearBetaSchedule(), EVEN)] == [0.06, 0.38]
 
 
 @pytest.mark.parametrize(("low", "high", "rho"), [(0.002, 80.0, 7.0), (0.1, 10.0, 3.0)])
@@ -114,7 +132,13 @@ def test_a_float_is_not_rounded_to_single_precision(sched):
 
 @pytest.mark.parametrize(
     "sched",
-    [*ALL, CosineSchedule(15.0), LinearBetaSchedule(2e-4, 0.03, 300), KarrasSchedule(0.01, 50.0, 5.0)],
+    [
+        *ALL,
+        EvenSchedule(TableSchedule((0.9, 0.5, 0.1))),
+        CosineSchedule(15.0),
+        LinearBetaSchedule(2e-4, 0.03, 300),
+        KarrasSchedule(0.01, 50.0, 5.0),
+    ],
     ids=repr,
 )
 def test_a_schedule_survives_json(sched):
@@ -128,8 +152,8 @@ def test_a_schedule_survives_json(sched):
 
 
 def test_names_are_those_of_the_method():
-    assert [sched.to_dict()["name"] for sched in ALL] == ["cosine", "linear-beta", "karras"]
-    for sched in ALL:
+    assert [sched.to_dict()["name"] for sched in ALL] == ["cosine", "linear-beta", "karras", "even"]
+    for sched in ALL[:3]:
         assert schedule.from_dict({"name": sched.to_dict()["name"]}) == sched
 
 
@@ -142,6 +166,9 @@ def test_names_are_those_of_the_method():
         ({"name": "cosine", "sigma_min": 1.0}, "sigma_min"),
         ({"name": "karras", "beta_end": 1.0}, "beta_end"),
         ({"name": "linear-beta", "rho": 7}, "rho"),
+        ({"name": "even", "of": {"name": "cosine"}}, "schedule of steps"),
+        ({"name": "even", "of": {"name": "sigmoid"}}, "sigmoid"),
+        ({"name": "even"}, "of"),
     ],
 )
 def test_an_unknown_name_or_field_is_a_value_error_that_names_it(fields, named):

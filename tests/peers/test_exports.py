@@ -19,7 +19,7 @@ from fastdiff.denoiser import Denoiser, DenoiserConfig
 from fastdiff.exports import compare, onnx
 from fastdiff.exports.generator import Generator
 from fastdiff.generate import Sampling, generate
-from fastdiff.schedule import KarrasSchedule, LinearBetaSchedule
+from fastdiff.schedule import EvenSchedule, KarrasSchedule, LinearBetaSchedule
 from fastdiff.unet import UNetConfig
 
 STUDENT = {"kind": "stage2", "guidance_range": (0.0, 4.0), "steps": 3}
@@ -40,6 +40,7 @@ MORE_KINDS = {
     "EDM": {"parameterization": "edm", "schedule": KarrasSchedule()},
     "x": STUDENT | {"parameterization": "x"},
     "ε and x": STUDENT | OF_NOISE,
+    "ε and x, steps even in the angle": STUDENT | OF_NOISE | {"schedule": EvenSchedule(LinearBetaSchedule())},
     "ε and x, stochastic": STUDENT | OF_NOISE | {"sampler": "stochastic"},
     "pair": {"unet": {"null_class": False}, "unconditional": replace(TINY, num_classes=0)},
     "without a null class": {"unet": {"null_class": False}},
@@ -246,6 +247,7 @@ PIPELINES = {  # w, a change of RICH, and of the configuration
     "EDM, one step": (0.0, {}, STUDENT | {"steps": 1, "parameterization": "edm", "schedule": KarrasSchedule()}),
     "x, unconditional": (None, OTHER | {"num_classes": 0, "image_size": (8, 16)}, {"parameterization": "x"}),
     "teacher of steps": (0.0, {"channel_mult": (2, 2), "heads": 2}, {"schedule": LinearBetaSchedule(), "time": "step"}),
+    "steps even in the angle": (1.5, {}, STUDENT | {"schedule": EvenSchedule(LinearBetaSchedule()), "time": "step"}),
     "pair": (0.0, {"null_class": False}, {"unconditional": replace(RICH, num_classes=0)}),
     "two_student": (0.0, {}, KINDS["two_student"]),
 }

@@ -403,7 +403,7 @@ def test_the_gain_of_an_encoder_is_what_a_wrong_output_does_to_a_step(noise, par
         for denoiser.network.output in (0.0, 0.01):
             found.append(rotation.rotate(z, denoiser(z, start), start - end))
         moved.append(float((found[1] - found[0]).abs().max()) / 0.01)
-    assert encoder.error_gain(denoiser, steps) == pytest.approx(max(moved), rel=1e-4)
+    assert encoder.error_gain(denoiser.config, steps) == pytest.approx(max(moved), rel=1e-4)
     assert (max(moved) <= 1) == (parameterization != "x")
 
 

@@ -1,5 +1,7 @@
 """Students of teachers that predict ε: they predict x beside it, and can be asked what noise alone is."""
 
+import json
+
 import pytest
 import torch
 from common import TINY, randomize, save_model
@@ -8,7 +10,7 @@ from fastdiff import checkpoint, denoiser, rotation
 from fastdiff.denoiser import Denoiser, DenoiserConfig, Guided
 from fastdiff.errors import UserError
 from fastdiff.losses import regression
-from fastdiff.schedule import LinearBetaSchedule
+from fastdiff.schedule import CosineSchedule, EvenSchedule, LinearBetaSchedule
 from fastdiff.unet import UNet, UNetConfig
 from train import encoder, sid, stage1, stage2, students, two_student
 from train.stage1 import student_of
@@ -97,8 +99,8 @@ def test_the_weight_asks_for_x_where_it_is_learned(tmp_path, monkeypatch, parame
 def test_its_errors_are_not_multiplied_where_noise_is_all():
     """Steps up to noise multiply an ε network's error by 1/cos φ, and that of two outputs by less than 1."""
     teacher = Denoiser(DenoiserConfig(TINY, parameterization="eps"))
-    assert encoder.error_gain(teacher, 64) > 10 * encoder.error_gain(student_of(teacher, (0.0, 4.0)), 64)
-    assert max(encoder.error_gain(student_of(teacher, (0.0, 4.0)), steps) for steps in (1, 2, 64)) < 1
+    assert encoder.error_gain(teacher.config, 64) > 10 * encoder.error_gain(student_of(teacher, (0.0, 4.0)).config, 64)
+    assert max(encoder.error_gain(student_of(teacher, (0.0, 4.0)).config, steps) for steps in (1, 2, 64)) < 1
 
 
 def test_a_network_with_one_output_stays_with_it(monkeypatch, capsys):
@@ -119,3 +121,48 @@ def test_a_run_of_before_is_not_gone_on_with(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--overwrite"):
         stage1.train(stage1.Options(**options | {"updates": 4}, resume=True))
     assert stage1.train(stage1.Options(**options, overwrite=True)).config.parameterization == "eps-x"
+
+
+# --- how their steps lie ---
+
+
+def schedules(folder, *names):
+    return [checkpoint.load(folder / name).schedule for name in names]
+
+
+def test_students_of_discrete_steps_take_theirs_evenly_in_the_angle(tmp_path):
+    even, teacher = EvenSchedule(LinearBetaSchedule()), save_model(tmp_path / "teacher", schedule=LinearBetaSchedule())
+    stage1.train(stage1.Options(teacher=teacher, out=tmp_path / "stage1", **SMALL))
+    stage1.train(stage1.Options(teacher=teacher, out=tmp_path / "kept", spacing="steps", **SMALL))
+    stage2.train(stage2.Options(teacher=tmp_path / "stage1", out=tmp_path / "stage2", **ROUNDS))
+    stage2.train(stage2.Options(teacher=tmp_path / "kept", out=tmp_path / "stage2-kept", **ROUNDS))
+    two_student.train(two_student.Options(teacher=teacher, out=tmp_path / "two", **ROUNDS))
+    assert schedules(tmp_path, "stage1", "stage2/steps-2", "stage2/steps-1", "two/steps-1") == [even] * 4
+    assert schedules(tmp_path, "teacher", "kept", "stage2-kept/steps-1") == [LinearBetaSchedule()] * 3
+
+
+def test_so_do_those_of_unconditional_teachers_without_stage_1(tmp_path):
+    plain = UNetConfig((8, 8), 1, channels=8, channel_mult=(1,), blocks=1, head_width=8)
+    for name, of in {"steps": LinearBetaSchedule(), "cosine": CosineSchedule()}.items():
+        teacher = save_model(tmp_path / name, unet=plain, schedule=of)
+        for recipe in (stage2, encoder):
+            out = tmp_path / f"{recipe.__name__}-{name}"
+            recipe.train(recipe.Options(teacher=teacher, out=out, **ROUNDS | {"end_steps": 2}))
+    made = schedules(
+        tmp_path, *(f"train.{kind}-{of}/steps-2" for kind in ("stage2", "encoder") for of in ("steps", "cosine"))
+    )
+    assert made == [EvenSchedule(LinearBetaSchedule()), CosineSchedule()] * 2
+
+
+@pytest.mark.parametrize("recipe", [stage1, stage2])
+def test_a_run_of_before_goes_on_with_the_steps_that_it_had(tmp_path, recipe):
+    unet = TINY if recipe is stage1 else UNetConfig((8, 8), 1, channels=8, channel_mult=(1,), blocks=1, head_width=8)
+    teacher, out = save_model(tmp_path / "teacher", unet=unet, schedule=LinearBetaSchedule()), tmp_path / "out"
+    given = {"teacher": teacher, "out": out, **(SMALL if recipe is stage1 else ROUNDS)}
+    recipe.train(recipe.Options(spacing="steps", **given))
+    config = json.loads((out / "config.json").read_text())
+    del config["options"]["spacing"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--spacing was steps, is angle"):
+        recipe.train(recipe.Options(resume=True, **given))
+    recipe.train(recipe.Options(resume=True, spacing="steps", **given))
