@@ -143,6 +143,10 @@ class Run:
         if changed:
             raise UserError(f"cannot resume {self.folder} with other options: {'; '.join(changed)}")
 
+    def options(self) -> dict | None:
+        """Those that the run began with, None where there is none yet."""
+        return self.config()["options"] if self._config.is_file() else None
+
     def settled_precision(self, device: str) -> str:
         """What the run computes with, as far as it is known; "auto" if not, and where there is no run yet."""
         return precision_of(self.config(), device) if self._config.is_file() else "auto"

@@ -89,6 +89,8 @@ def train(recipe: Recipe, options: LoopOptions) -> Denoiser | None:
     enter(options.network_module)
     if not options.dry_run:
         distributed.first(lambda: check_out(options))
+    if options.resume and (begun := Run(options.out).options()) is not None:
+        options = options.going_on(begun)
     teacher = _teacher(recipe, options)
     dataset = recipe.data(options)
     if teacher is not None and dataset is not None:

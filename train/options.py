@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ MAY_CHANGE = {
     "network_module",
     "vae",
 }
+BEGAN_WITH = {"spacing": "steps"}  # what runs did of before there was an option, where that is not its default
 APART = ("out", "resume", "overwrite", "dry_run", "preset")  # the command that continues has them for itself
 
 
@@ -157,15 +158,22 @@ class LoopOptions(NetworkOptions):
     def lasting(self, options: dict) -> dict:
         """Of a run's options, as config.json holds them, those that stay the same when it goes on.
 
-        Options that an earlier version did not have yet had what is now their default. The way to the teacher is told
-        from the run's folder, as it stays the same when a folder of runs is moved.
+        Options that an earlier version did not have yet had what BEGAN_WITH says or, without it, what is now their
+        default. The way to the teacher is told from the run's folder, as it stays the same when a folder of runs is
+        moved.
         """
-        every = _defaults(type(self)) | options
+        defaults = _defaults(type(self))
+        every = defaults | {key: value for key, value in BEGAN_WITH.items() if key in defaults} | options
         if isinstance(every.get("unet"), dict):
             every["unet"] = _plain(asdict(UNetConfig())) | every["unet"]
         if every.get("teacher"):
             every["teacher"] = os.path.relpath(every["teacher"], every["out"])
         return {key: value for key, value in every.items() if key not in MAY_CHANGE}
+
+    def going_on(self, begun: dict) -> LoopOptions:
+        """To go on with a run of the options `begun` (from config.json), which may lack some: see BEGAN_WITH."""
+        given = {field.name for field in fields(self)} - begun.keys()
+        return replace(self, **{key: value for key, value in BEGAN_WITH.items() if key in given})
 
     def recipe(self) -> str:
         """The module whose command line they are."""

@@ -40,10 +40,6 @@ class Options(LoopOptions):
     spacing: students.Spacing = "angle"
     """How the steps lie, of a teacher that was trained on discrete steps and had no stage 1: see `train.stage1`."""
 
-    def lasting(self, options: dict) -> dict:
-        """Runs that began before this had its default."""
-        return super().lasting(options | {"spacing": options.get("spacing", "steps")})
-
     def check(self) -> None:
         super().check()
         if self.last_updates is not None and self.last_updates <= 0:

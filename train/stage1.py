@@ -42,9 +42,8 @@ class Options(LoopOptions):
             )
 
     def lasting(self, options: dict) -> dict:
-        """Runs that began before these had their defaults."""
-        before = {"weight": options.get("weight") or "snr", "spacing": options.get("spacing", "steps")}
-        return super().lasting(options | before)
+        """Runs that began before the weight had two defaults say snr where nothing was asked for."""
+        return super().lasting(options | {"weight": options.get("weight") or "snr"})
 
 
 PRESETS = {

@@ -160,9 +160,11 @@ def test_a_run_of_before_goes_on_with_the_steps_that_it_had(tmp_path, recipe):
     teacher, out = save_model(tmp_path / "teacher", unet=unet, schedule=LinearBetaSchedule()), tmp_path / "out"
     given = {"teacher": teacher, "out": out, **(SMALL if recipe is stage1 else ROUNDS)}
     recipe.train(recipe.Options(spacing="steps", **given))
+    with pytest.raises(UserError, match="--spacing was steps, is angle"):
+        recipe.train(recipe.Options(resume=True, **given))
     config = json.loads((out / "config.json").read_text())
     del config["options"]["spacing"]
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="--spacing was steps, is angle"):
-        recipe.train(recipe.Options(resume=True, **given))
-    recipe.train(recipe.Options(resume=True, spacing="steps", **given))
+    student = recipe.train(recipe.Options(resume=True, **given))
+    assert student.schedule == LinearBetaSchedule()
+    assert json.loads((out / "config.json").read_text())["options"]["spacing"] == "steps"
