@@ -48,7 +48,7 @@ class Options(LoopOptions):
 
 PRESETS = {
     "digits": {"weight": "snr_trunc"},  # at w ≤ 1 better than snr, which asks for nothing where there is noise alone
-    "fashion-mnist": {"data": "fashion-mnist", "updates": 10_000, "weight": "snr_trunc"},
+    "fashion-mnist": {"data": "fashion-mnist", "updates": 10_000, "lr": 3e-4, "weight": "snr_trunc"},
     "cifar10": {
         "batch_size": 128,
         "data": "cifar10",

@@ -134,6 +134,24 @@ def test_the_norm_is_that_of_the_sum_as_it_is_kept(device, shape, more, groups, 
     assert torch.equal(y, again) and torch.equal(total, same)
 
 
+@pytest.mark.parametrize("wide", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("name", ["one pass", "one pass alone", "split, apart"])
+def test_other_gradients_may_be_channels_of_wider_images(device, name, wide):
+    shape, more, groups, _ = PATHS[name]
+
+    def run(*leaves):
+        y, *others = outcomes(*leaves, groups)
+        given = [draw(*y.shape, seed=9, channels_last=True).to(y.device, y.dtype)]
+        for t, is_wide in zip(others, wide, strict=True):
+            image = draw(len(t), 2 * t.shape[1], *t.shape[2:], seed=10, channels_last=True).to(y.device, y.dtype)
+            first = image[:, : t.shape[1]]
+            given.append(first if is_wide else first.contiguous(memory_format=torch.channels_last))
+        return torch.autograd.grad((y, *others), [leaf for leaf in leaves if leaf is not None], given)
+
+    leaves = inputs(shape, more, device=device)
+    assert worst(run(*leaves), on_reference(run, *doubled(*leaves))) < 1e-5
+
+
 @each_path
 def test_it_launches_what_a_norm_does(device, shape, more, groups, path):
     for summed in (True, False):
