@@ -274,8 +274,7 @@ def normalized_backward(
         given |= {"dy": dy, "dx": dx, "dskip": dskip, "factor": factor}
         given |= {name: dy.new_empty(dy.shape[:2], dtype=torch.float32) for name in ("sum_g", "sum_gx")}
         for name, t in (("also", also), ("other", other)):
-            given[name], pitch = (None, None) if t is None else rows_of(t)
-            given[f"{name}_pitch"] = None if t is None or pitch == t.shape[1] else pitch
+            given[name], given[f"{name}_pitch"] = (None, 0) if t is None else rows_of(t)
         given |= _backward(dy, mean.shape[1], given, needed[-1])
         if any(needed[2:]):
             given |= dict(zip(("d_weight", "d_bias", "d_scale", "d_shift", "d_x_bias"), small, strict=True))

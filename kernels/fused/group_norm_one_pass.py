@@ -110,8 +110,8 @@ def load_sum(total, x, h, x_bias, factor, skip, seam, channels, of_x, sample, pi
 def store_gradients(
     dx,
     dskip,
-    also,  # (B, pixels, seam), another gradient of the sum; or None
-    also_pitch,  # from row to row; None: as many as it has channels
+    also,  # (B, pixels, seam), rows `…_pitch` elements apart: another gradient of the sum; or None
+    also_pitch,
     other,  # of skip or, without skip, of the sum again; or None
     other_pitch,
     factor,  # of the sum
@@ -130,19 +130,15 @@ def store_gradients(
     at, factor = channel - start, tl.cast(factor, tl.float32)
     if dskip is not None:
         factor = tl.where(of_x, factor, 1.0)
-    of_also = seam if also_pitch is None else also_pitch
-    of_other = pitch if other_pitch is None else other_pitch
     if dskip is None:
-        gradient += load_if_given(also, of_also, sample, pixels, row, at, mask)
-        gradient += load_if_given(other, of_other, sample, pixels, row, at, mask)
+        gradient += load_if_given(also, also_pitch, sample, pixels, row, at, mask)
+        gradient += load_if_given(other, other_pitch, sample, pixels, row, at, mask)
     elif also is not None and other is not None:
-        more, more_pitch = tl.where(of_x, also, other), pitch
-        if also_pitch is not None or other_pitch is not None:
-            more_pitch = tl.where(of_x, of_also, of_other)
+        more, more_pitch = tl.where(of_x, also, other), tl.where(of_x, also_pitch, other_pitch)
         gradient += load_tile(more, more_pitch, sample, pixels, row, at, mask)
     else:
-        gradient += load_if_given(also, of_also, sample, pixels, row, at, mask & of_x)
-        gradient += load_if_given(other, of_other, sample, pixels, row, at, mask & (not of_x))
+        gradient += load_if_given(also, also_pitch, sample, pixels, row, at, mask & of_x)
+        gradient += load_if_given(other, other_pitch, sample, pixels, row, at, mask & (not of_x))
     gradient = tl.where(mask, gradient * factor, 0.0)
     store_tile(image, pitch, sample, pixels, row, at, gradient, mask)
     return gradient
