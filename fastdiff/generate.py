@@ -104,7 +104,7 @@ def _batch(model: nn.Module, sampling: Sampling, device: torch.device) -> Callab
             shape, seed=sampling.seed, sample_ids=sample_ids, step=streams.INITIAL_NOISE, device=device
         )
         noise = noise.contiguous(memory_format=torch.channels_last)
-        with autocast(sampling.precision, device):
+        with autocast(sampling.precision, device, model):
             return SAMPLERS[sampling.sampler](model, noise, label, w, sampling.steps, sample_ids=sample_ids, **how)
 
     if not graph.wanted(sampling.graph, device):

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import kernels
 from fastdiff import distributed
-from fastdiff.denoiser import Denoiser
+from fastdiff.cast import as_autocast
+from fastdiff.denoiser import OURS, Denoiser
 
 Choice = Literal["fp32", "bf16"]
 Precision = Literal["fp32", "bf16", "auto"]
@@ -27,14 +28,23 @@ ENOUGH = 0.1  # seconds; a call of that length can be timed, with however few im
 TRIALS, SECONDS = 9, (1.0, 10.0)  # so many calls of each are timed, more or fewer to last that long
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device, *models: nn.Module) -> ExitStack:
     """Where networks are called: bf16 is an autocast; weights, losses and sampler states stay float32.
+
+    models: `Denoiser` or `Guided`, whose weights are cast once for all calls within, and must not change meanwhile.
+    Networks of one's own, which may do more with them than autocast, and compiled ones cast at each call.
 
     Raises ValueError for anything but fp32 and bf16; what auto comes to is for `choose` to say first.
     """
     if precision not in CHOICES:
         raise ValueError(f"precision must be {' or '.join(CHOICES)} here, got {precision!r}")
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    with ExitStack() as stack:
+        if precision == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            for model in models:
+                if model.config.network in OURS and not any(part._compiled_call_impl for part in model.modules()):
+                    stack.enter_context(as_autocast(model, device))
+        return stack.pop_all()
 
 
 def choose(precision: Precision, *models: nn.Module, batch_size: int, backward: bool = False) -> Choice:

@@ -94,7 +94,7 @@ class Pair:
         limit = self.decoder.config.limit if clip and self.decoder.config.steps is None else None
         device = next(self.encoder.parameters()).device
         translated = []
-        with autocast(precision, device):
+        with autocast(precision, device, self.encoder, self.decoder):
             for start in range(0, len(images), batch_size):
                 part = slice(start, start + batch_size)
                 here, there = (None if label is None else label[part].to(device) for label in (source, target))

@@ -2,13 +2,17 @@
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from common import TINY, randomize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import cast
+from fastdiff import cast, precision, translate
+from fastdiff.denoiser import Denoiser, DenoiserConfig
+from fastdiff.generate import Sampling, generate
 from fastdiff.unet import UNet, UNetConfig
 
 SMALL = UNetConfig((8, 8), 3, 4, channels=16, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), head_width=8)
@@ -131,3 +135,62 @@ def test_what_lies_in_parts_is_left_to_autocast(network):
     network.conv_in.weight = torch.nn.Parameter(network.conv_in.weight.detach().as_subclass(Part))
     with cast.CastWeights(network, torch.bfloat16):
         assert network.conv_in.weight.dtype == torch.float32 and network.conv_out.weight.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def model() -> Denoiser:
+    return randomize(Denoiser(DenoiserConfig(TINY))).eval()
+
+
+def as_before(monkeypatch, work):
+    """What it returns where each call of a network casts for itself."""
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "as_autocast", lambda network, device: nullcontext())
+        return work()
+
+
+def assert_cast(times: int, model: Denoiser, work):
+    before = dict(model.named_parameters())
+    with Counted({parameter.data_ptr() for parameter in model.parameters()}) as counted:
+        result = work()
+    assert counted.calls == {"_foreach_copy_": times}
+    after = dict(model.named_parameters())
+    assert all(before[name] is after[name] for name in before)
+    return result
+
+
+@pytest.mark.parametrize(("guidance", "sampler"), [(0.0, "ddim"), (1.0, "ddim"), (1.0, "ancestral")])
+def test_a_sampler_casts_the_weights_once_a_batch(monkeypatch, model, guidance, sampler):
+    sampling = Sampling(guidance=guidance, sampler=sampler, steps=4, precision="bf16", batch_size=3)
+
+    def images() -> torch.Tensor:
+        return torch.cat(list(generate(model, 6, sampling)))
+
+    found = assert_cast(2, model, images)
+    expected = as_before(monkeypatch, lambda: assert_cast(8, model, images))
+    assert torch.equal(found, expected)
+
+
+def test_a_translation_casts_them_once(monkeypatch, model):
+    encoder, label, images = model, torch.tensor([1, 2]), torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+    pair = translate.Pair(encoder, model, 3, 3)
+
+    def translated() -> torch.Tensor:
+        return pair.translate(images, label, label, 0.0, precision="bf16")
+
+    found = assert_cast(1, model, translated)
+    assert torch.equal(found, as_before(monkeypatch, lambda: assert_cast(6, model, translated)))
+
+
+def test_compiled_networks_and_those_of_ones_own_cast_for_themselves(monkeypatch, model):
+    monkeypatch.setattr(precision, "as_autocast", None)  # would fail
+    device = torch.device("cpu")
+    model.network.compile(backend="eager")
+    with precision.autocast("bf16", device, model):
+        pass
+    model.network._compiled_call_impl = None
+    model.config = replace(model.config, network="mine")
+    with precision.autocast("bf16", device, model):
+        pass
+    with precision.autocast("fp32", device, model):
+        assert not torch.is_autocast_enabled("cpu")
