@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,9 @@ def _copies(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> l
     return copies
 
 
-def _layers(network: nn.Module) -> list[nn.Module]:
+def _layers(network: nn.Module) -> Iterator[nn.Module]:
     """Those whose weights autocast casts."""
-    return [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return (layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
 
 
 def cast_for_good(network: nn.Module, dtype: torch.dtype) -> None:
@@ -84,9 +85,14 @@ def as_autocast(network: nn.Module, device: torch.device) -> AbstractContextMana
     It gives what can be entered to have them again.
     """
     dtype = autocast_dtype(device)
-    if dtype is None or torch.compiler.is_compiling():
+    if dtype is None or torch.compiler.is_compiling() or _is_cast(network, dtype):
         return nullcontext(nullcontext())
     return CastWeights(network, dtype)
+
+
+def _is_cast(network: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the layers have such weights already, by the first one: to look at all of them takes longer."""
+    return all(layer.weight.dtype == dtype for layer in islice(_layers(network), 1))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -39,7 +39,7 @@ LARGEST = 65536  # bytes of the image; rows of 64 bytes for 1024 pixels
 LARGEST_BACKWARD = 32768  # bytes of x, and as many of dy: with twice that registers spill
 NARROWEST, WIDEST = 16, 128  # channels
 ROW, ROW_BACKWARD = 64, 32  # bytes that a tile's rows have at least, where all else allows it
-USUAL = 8192  # elements of a tile whose rows are wide enough
+USUAL = 16384  # bytes of a tile whose rows are wide enough: with twice that some of float32 spill
 
 # Tiles of the split path.
 CHANNELS, ELEMENTS = 64, 4096  # in registers at a time
@@ -107,7 +107,7 @@ def _one_pass(y: Tensor, seam: int, num_groups: int, largest: int, row: int) -> 
     samples, channels, height, width = y.shape
     size, rows, programs = channels // num_groups, triton.next_power_of_2(height * width), samples * num_groups
     padded = triton.next_power_of_2(size)
-    widest = min(WIDEST, max(row // y.element_size(), USUAL // rows))
+    widest = min(WIDEST, max(row // y.element_size(), USUAL // (rows * y.element_size())))
     groups, enough = 1, 2 * multiprocessors(y.device)
     whole = math.gcd(seam, channels)
     while whole % (2 * groups * size) == 0 and 2 * groups * padded <= widest and programs // (2 * groups) >= enough:

@@ -157,7 +157,7 @@ def normalized_and_gradient(v, dy, middle, r, gain, offset, SILU: tl.constexpr):
 @triton.jit
 def input_gradient(xhat, g, r, gain, mean_g, mean_gx):
     """dx of a tile; r, gain and the means over groups: of its channels."""
-    return (r * gain)[None, :] * g - (r * mean_g)[None, :] - (r * mean_gx)[None, :] * xhat
+    return (r * gain)[None, :] * g - (r * mean_gx)[None, :] * xhat - (r * mean_g)[None, :]
 
 
 @triton.jit
