@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Literal, get_args
 
 import torch

@@ -35,6 +35,14 @@ def test_links_and_pictures_resolve(document):
         assert path or anchor in headings, target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_that_are_named_exist(document):
+    for name in re.findall(
+        r"(?<![\w/.])(?:tests|benchmarks|fastdiff|kernels|train)/[\w/]+\.(?:py|sh)\b", document.read_text()
+    ):
+        assert (ROOT / name).is_file(), name
+
+
 def test_the_readme_is_short():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150 and max(map(len, lines)) <= 120
