@@ -16,6 +16,7 @@ from train.report import page
 api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
+ROOT = Path(__file__).parents[2]
 QUIET = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 QUIET += ("disable-component-update", "disable-sync")
 NAME = "</script><img src=x onerror=alert(1)>"
@@ -107,6 +108,15 @@ def test_sliders_show_the_picture_that_sampling_makes_and_move_the_marks(opened,
     assert np.array_equal(pixels(tab, "A"), comparison.drawn(student, 2, 4.0))
     alt = tab.locator(".side.A img.large").get_attribute("alt")
     assert student in alt and "2 steps" in alt and "w = 4" in alt
+
+
+def test_at_first_the_teacher_is_beside_the_nearest_of_one_call(opened):
+    """On the page of the results, whose methods are all there are."""
+    tab = opened(ROOT / "docs" / "results" / "compare-fashion-mnist" / "report.html")
+    for side, method, steps in (("A", "guided teacher, DDIM", "64 steps"), ("B", "SiD", "1 step")):
+        assert tab.locator(f".side.{side}").get_by_label("method").input_value() == method
+        assert tab.locator(f".side.{side}").get_by_label("steps").get_attribute("aria-valuetext") == steps
+        assert pixels(tab, side).std() > 50
 
 
 def test_a_strength_that_was_drawn_but_not_scored_says_so(opened, made):

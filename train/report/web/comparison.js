@@ -72,15 +72,17 @@ function comparison(one, number) {
     tables(),
   );
 
-  /** At first, the most calls against the fewest, of the methods that are known at the middle w. */
+  /** At first, the teacher's most steps against the fewest calls of another, of these the nearest to the data. */
   function start() {
     const all = scored.length ? scored : strengths,
       w = all.includes(1) ? 1 : all[Math.floor(all.length / 2)];
-    const here = every
-      .filter((row) => row.guidance === w)
-      .sort((a, b) => a.steps - b.steps || (a.fd ?? 0) - (b.fd ?? 0));
-    const most = here.filter((row) => row.model.includes("teacher")).pop() ?? here[here.length - 1];
-    const fewest = here.find((row) => row.model !== most.model) ?? here[0];
+    const calls = (row) => row.nfe ?? row.steps,
+      far = (row) => row.fd ?? 0;
+    const here = (scored.length ? one.rows : every).filter((row) => row.guidance === w);
+    const isTeacher = (row) => row.model.includes("teacher");
+    const [most] = [...here].sort((a, b) => isTeacher(b) - isTeacher(a) || b.steps - a.steps || far(a) - far(b));
+    const others = here.filter((row) => row.model !== most.model);
+    const [fewest = most] = others.sort((a, b) => calls(a) - calls(b) || far(a) - far(b));
     const of = ({ model, steps }) => ({ model, steps });
     return { w, A: of(most), B: of(fewest) };
   }
